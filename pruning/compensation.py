@@ -1,0 +1,229 @@
+"""Repair a cut network without training.
+
+All methods in one form (see `least_squares`): the removed inputs are replaced by X_S ≈ X_K B + c, so that
+W_K ← W_K + B W_S and b ← b + c W_S, in every layer that read a removed channel. A layer without bias keeps the
+constant in the running mean of the batch norm behind it, where there is one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .errors import UserError, closest
+from .groups import ChannelGroup
+from .least_squares import covariance, input_width, solve_mixing, weight_matrix
+from .plan import PruningPlan
+from .statistics import ConsumerStatistics, FloatArray, Statistics
+from .surgery import kept_entries, named_tensors
+from .tracing import evaluation_mode
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Substitute:
+    """X_S ≈ X_K B + c.
+
+    Attributes:
+        mixing: (kept, removed) B, or None for zero.
+        constant: (removed,) c, or None for zero.
+    """
+
+    mixing: FloatArray | None
+    constant: FloatArray | None
+
+
+Substitution = Callable[[ConsumerStatistics, IntArray, IntArray, bool], Substitute]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """A repair method.
+
+    Attributes:
+        name: As typed by users.
+        substitute: (input statistics, kept, removed, whether a constant can be absorbed) -> `Substitute`;
+            None leaves the cut as it is.
+        description: One sentence.
+    """
+
+    name: str
+    substitute: Substitution | None
+    description: str
+
+
+def _fold_mean(stats: ConsumerStatistics, kept: IntArray, removed: IntArray, constant: bool) -> Substitute:
+    return Substitute(None, stats.mean[removed])
+
+
+def _least_squares(stats: ConsumerStatistics, kept: IntArray, removed: IntArray, constant: bool) -> Substitute:
+    mixing = solve_mixing(covariance(stats, constant), kept, removed)
+    offset = stats.mean[removed] - stats.mean[kept] @ mixing if constant else None
+    return Substitute(mixing, offset)
+
+
+COMPENSATIONS: dict[str, Compensation] = {
+    record.name: record
+    for record in (
+        Compensation("delete", None, "remove and repair nothing (the published variant of most methods)"),
+        Compensation("fold_mean", _fold_mean, "put the removed channels' mean into the next layer's bias"),
+        Compensation("least_squares", _least_squares, "best linear stand-in from the channels that stay"),
+    )
+}
+
+
+def get_compensation(name: str) -> Compensation:
+    """Return the compensation called `name`; an unknown name is a `UserError` naming the nearest."""
+    if name not in COMPENSATIONS:
+        raise UserError(f"compensation must be a known name, but got {name!r}{closest(name, COMPENSATIONS)}")
+    return COMPENSATIONS[name]
+
+
+def compensate(
+    smaller: nn.Module,
+    network: nn.Module,
+    groups: Sequence[ChannelGroup],
+    plan: PruningPlan,
+    statistics: Statistics,
+    method: str = "least_squares",
+) -> None:
+    """Repair `smaller` in place.
+
+    Args:
+        smaller: What `apply_plan(network, groups, plan)` returned.
+        network: The network before the cut, untouched.
+        groups: Its groups.
+        plan: The plan that was applied.
+        statistics: `measure` of `network`, with second moments unless `method` is "delete".
+        method: Name from `COMPENSATIONS`.
+    """
+    substitute = get_compensation(method).substitute
+    if substitute is None:
+        return
+    plan = plan.completed(groups)
+    tensors = named_tensors(network)
+    entries = kept_entries(groups, plan, tensors)
+    before = dict(network.named_modules(remove_duplicate=False))
+    after = dict(smaller.named_modules(remove_duplicate=False))
+    for name, removed_inputs, norm in _shortened(groups, plan):
+        if name not in statistics.consumers:
+            raise UserError(f"compensation {method!r} needs second moments; call measure(..., grams=True)")
+        stats = statistics.consumers[name]
+        outputs = entries.get(f"{name}.weight", {}).get(_output_dim(before[name]))
+        _repair_layer(before[name], after[name], stats, removed_inputs, outputs, substitute, norm and after[norm])
+
+
+def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tuple[str, IntArray, str | None]]:
+    """Yield (layer, removed input features, norm behind it) of every layer that lost inputs, over all groups."""
+    removed: dict[str, list[IntArray]] = {}
+    norms: dict[str, str | None] = {}
+    for group in groups:
+        leaves = np.ones(group.width, dtype=bool)
+        leaves[list(plan[group.name])] = False
+        if not leaves.any():
+            continue
+        for consumer in group.consumers:
+            removed.setdefault(consumer.module, []).append(consumer.index[leaves[consumer.channel]])
+            norms[consumer.module] = consumer.norm
+    for name, parts in removed.items():
+        yield name, np.unique(np.concatenate(parts)), norms[name]
+
+
+def _output_dim(layer: Any) -> int:
+    return 1 if getattr(layer, "transposed", False) else 0
+
+
+def _repair_layer(
+    old: Any,
+    new: Any,
+    stats: ConsumerStatistics,
+    removed_inputs: IntArray,
+    outputs: Tensor | None,
+    substitute: Substitution,
+    norm: Any,
+) -> None:
+    features = len(stats.mean)
+    shared = input_width(old) // features
+    removed = np.unique(removed_inputs // shared)
+    kept = np.setdiff1d(np.arange(features), removed)
+    if isinstance(norm, nn.Module) and getattr(norm, "running_mean", None) is None:
+        norm = None
+    result = substitute(stats, kept, removed, old.bias is not None or norm is not None)
+    weight = old.weight if outputs is None else old.weight.index_select(_output_dim(old), outputs.to(old.weight.device))
+    matrix = weight_matrix(old, weight, features)  # (features, outputs × taps)
+    with torch.no_grad():
+        if result.mixing is not None:
+            repaired = matrix[kept] + result.mixing @ matrix[removed]
+            new.weight.copy_(_as_weight(old, torch.from_numpy(repaired), new.weight))
+        if result.constant is not None:
+            shift = (result.constant @ matrix[removed]).reshape(_outputs_first(old, weight))
+            shift = torch.from_numpy(shift.sum(1))  # constants add up over taps and positions
+            if new.bias is not None:
+                new.bias.add_(shift.to(new.bias))
+            elif norm is not None:
+                norm.running_mean.sub_(shift.to(norm.running_mean))
+
+
+def _outputs_first(layer: Any, weight: Tensor) -> tuple[int, int]:
+    return (weight.shape[_output_dim(layer)], -1)
+
+
+def _as_weight(layer: Any, matrix: Tensor, like: Tensor) -> Tensor:
+    """Undo `least_squares.weight_matrix`: (features, outputs × taps) -> the layout of `like`."""
+    if isinstance(layer, nn.Linear):
+        return matrix.reshape(len(matrix), like.shape[0], -1).transpose(0, 1).reshape(like.shape)
+    if layer.transposed:
+        return matrix.reshape(like.shape)
+    return matrix.reshape(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1)
+
+
+BATCH_NORM_SAMPLES = 32
+"""Fewest examples from which batch-norm statistics are re-estimated."""
+
+
+def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> int:
+    """Re-estimate every batch norm's running mean and variance from data (EagleEye, Li et al. 2020).
+
+    Args:
+        network: Changed in place; only running statistics change, modes come back.
+        batches: Inputs (N, …), or pairs of which the first is taken.
+
+    Returns:
+        Number of batch norms re-estimated (0: nothing to do, no data is read).
+
+    Raises:
+        UserError: Fewer than `BATCH_NORM_SAMPLES` examples came.
+    """
+    norms = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return 0
+    momenta = {norm: norm.momentum for norm in norms}
+    samples = 0
+    with evaluation_mode(network), torch.no_grad():
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average over batches
+                norm.training = True
+            for batch in batches:
+                inputs = batch if isinstance(batch, Tensor) else batch[0]
+                samples += len(inputs)
+                network(inputs)
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+    if samples < BATCH_NORM_SAMPLES:
+        raise UserError(
+            f"batch norm needs at least {BATCH_NORM_SAMPLES} examples to be recalibrated, but got {samples}; "
+            "give more calibration data"
+        )
+    return len(norms)

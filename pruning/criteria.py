@@ -1,0 +1,172 @@
+"""Rank the channels of a group from its statistics. High score = keep.
+
+One signature for all: `(group, context) -> (width,) scores`; the registry's one-sentence descriptions are the
+documentation users see.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from .errors import UserError, closest
+from .groups import ChannelGroup
+from .least_squares import ConsumerProblem, consumer_problems, eliminate, greedy_order
+from .statistics import FloatArray, GroupStatistics, Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class RankingContext:
+    """What a criterion may look at.
+
+    Attributes:
+        network: The network the statistics were measured on.
+        statistics: From `measure`.
+        seed: For criteria that draw random numbers.
+    """
+
+    network: nn.Module
+    statistics: Statistics
+    seed: int = 0
+
+    def of(self, group: ChannelGroup) -> GroupStatistics:
+        """Return the statistics of one group."""
+        return self.statistics.groups[group.name]
+
+    def problems(self, group: ChannelGroup) -> list[ConsumerProblem]:
+        """Return the least-squares problem of every layer that reads the group."""
+        return consumer_problems(self.network, group, self.statistics)
+
+
+Score = Callable[[ChannelGroup, RankingContext], FloatArray]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to rank channels.
+
+    Attributes:
+        name: As typed by users.
+        score: (group, context) -> (width,) scores, high = keep.
+        description: One sentence with its source.
+        needs_relu: Whether it is undefined where no ReLU follows.
+    """
+
+    name: str
+    score: Score
+    description: str
+    needs_relu: bool = False
+
+
+def _apoz(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    apoz = context.of(group).apoz
+    if apoz is None:
+        raise UserError(
+            f"criterion 'apoz' needs a ReLU behind each group, but none follows {group.name!r}; "
+            "use 'taylor_2017', 'l2' or 'least_squares'"
+        )
+    return 1.0 - apoz
+
+
+def _mean_activation(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    return context.of(group).mean_activation
+
+
+def _taylor_2017(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    scores = _measured(context.of(group).taylor_2017)
+    return scores / max(float(np.linalg.norm(scores)), 1e-30)
+
+
+def _taylor_2019(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    return _measured(context.of(group).taylor_2019)
+
+
+def _l1(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    return context.of(group).l1
+
+
+def _l2(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    return context.of(group).l2
+
+
+def _least_squares(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    order = greedy_order(context.problems(group))
+    scores = np.empty(group.width)
+    scores[order] = np.arange(group.width, 0, -1) / group.width
+    return scores
+
+
+def _random(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    digest = int.from_bytes(group.name.encode()[-8:].rjust(8, b"\0"), "little")
+    return np.random.default_rng([context.seed, digest]).random(group.width)
+
+
+def _measured(scores: FloatArray | None) -> FloatArray:
+    if scores is None:
+        raise UserError("a Taylor criterion needs statistics with gradients; call measure(..., gradients=True)")
+    return scores
+
+
+CRITERIA: dict[str, Criterion] = {
+    record.name: record
+    for record in (
+        Criterion("apoz", _apoz, "fewest zeros after the ReLU stay (Hu et al. 2016, APoZ)", needs_relu=True),
+        Criterion("mean_activation", _mean_activation, "largest mean activation stays (Molchanov et al. 2017)"),
+        Criterion("taylor_2017", _taylor_2017, "largest |mean gradient × activation| stays (Molchanov et al. 2017)"),
+        Criterion("taylor_2019", _taylor_2019, "largest squared gradient × activation stays (Molchanov et al. 2019)"),
+        Criterion("l1", _l1, "largest sum of absolute weights stays (Li et al. 2017)"),
+        Criterion("l2", _l2, "largest Euclidean weight norm stays"),
+        Criterion("least_squares", _least_squares, "greedy choice by what the next layers lose after repair (ours)"),
+        Criterion("random", _random, "a random choice that depends on the seed and the group's name only"),
+    )
+}
+
+
+def get_criterion(name: str) -> Criterion:
+    """Return the criterion called `name`.
+
+    Raises:
+        UserError: Unknown name; the nearest one is named.
+    """
+    if name not in CRITERIA:
+        raise UserError(f"criterion must be a known name, but got {name!r}{closest(name, CRITERIA)}")
+    return CRITERIA[name]
+
+
+def rank_channels(criterion: str, groups: Sequence[ChannelGroup], context: RankingContext) -> dict[str, Any]:
+    """Order every group's channels from most to least important.
+
+    Args:
+        criterion: Name from `CRITERIA`.
+        groups: Channel groups.
+        context: Network and statistics.
+
+    Returns:
+        group name -> (width,) int64 channels, most important first; ties keep the lower index first.
+    """
+    score = get_criterion(criterion).score
+    orders = {}
+    for group in groups:
+        scores = score(group, context)
+        if not np.isfinite(scores).all():
+            raise UserError(f"scores must be finite, but criterion {criterion!r} gave NaN for group {group.name!r}")
+        orders[group.name] = np.argsort(-scores, kind="stable")
+    return orders
+
+
+def residual_curve(group: ChannelGroup, context: RankingContext, order: Sequence[int]) -> NDArray[np.float64]:
+    """Return the relative least-squares residual at the group's consumers when the first n of `order` stay.
+
+    Args:
+        group: The group.
+        context: Network and statistics with second moments.
+        order: (width,) channels, most important first.
+
+    Returns:
+        (width + 1,) values in [0, 1], from 1 (nothing stays) down to 0 (everything stays): the share of the
+        consumers' input-dependent output that the best linear repair cannot bring back.
+    """
+    return eliminate(context.problems(group), order)

@@ -1,0 +1,187 @@
+"""The linear algebra behind repair and greedy choice.
+
+A layer computes Y = X_K W_K + X_S W_S + b. With K kept and S removed, the best linear stand-in for X_S given X_K
+is X_S ≈ X_K B + c with B = Σ_KK⁻¹ Σ_KS, c = μ_S − μ_K B, and what is lost at the output is tr(W_Sᵀ Σ_S|K W_S),
+Σ_S|K = Σ_SS − Σ_SK Σ_KK⁻¹ Σ_KS. All of it follows from the input's mean and second moment.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .groups import ChannelGroup
+from .statistics import ConsumerStatistics, FloatArray, Statistics
+
+RELATIVE_RIDGE = 1e-6
+"""Added to the diagonal of Σ_KK, as a share of its mean: makes dead and duplicate channels harmless."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerProblem:
+    """One layer that reads a group, seen as a least-squares problem.
+
+    Attributes:
+        moment: (F, F) covariance of the layer's input (second moment where a constant cannot be absorbed).
+        weight: (F, F) M = W Wᵀ over the layer's outputs and taps: how much each direction of the input matters.
+        features: For each channel of the group, its Gram features.
+    """
+
+    moment: FloatArray
+    weight: FloatArray
+    features: tuple[NDArray[np.int64], ...]
+
+
+def weight_matrix(layer: Any, weight: Tensor, features: int) -> FloatArray:
+    """View a layer's weight as (features, outputs × taps or shared positions) float64.
+
+    Args:
+        layer: Convolution (not grouped) or linear layer.
+        weight: Its weight (or one of the same layout with fewer outputs or inputs).
+        features: Number of Gram features: input channels, or fewer than the input features when positions share.
+    """
+    value = weight.detach().double().cpu()
+    if isinstance(layer, nn.Linear):
+        matrix = value.reshape(value.shape[0], features, -1)  # (out, C·P) -> (out, C, P)
+        return matrix.transpose(0, 1).reshape(features, -1).numpy()
+    if not layer.transposed:
+        value = value.transpose(0, 1)  # (out, in, …) -> (in, out, …)
+    return value.reshape(features, -1).numpy()
+
+
+def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Statistics) -> list[ConsumerProblem]:
+    """Set up the problem of every layer that reads `group`."""
+    problems = []
+    for consumer in group.consumers:
+        layer: Any = network.get_submodule(consumer.module)
+        stats = statistics.consumers[consumer.module]
+        size = len(stats.mean)
+        matrix = weight_matrix(layer, layer.weight, size)
+        shared = input_width(layer) // size
+        features = _features_by_channel(consumer.channel, consumer.index // shared, group.width)
+        constant = layer.bias is not None or consumer.norm is not None
+        problems.append(ConsumerProblem(covariance(stats, constant), matrix @ matrix.T, features))
+    return problems
+
+
+def covariance(stats: ConsumerStatistics, constant: bool) -> FloatArray:
+    """Return Σ where the layer can absorb a constant, else the plain second moment (then c = 0 is optimal)."""
+    if not constant:
+        return stats.second_moment
+    return stats.second_moment - np.outer(stats.mean, stats.mean)
+
+
+def input_width(layer: Any) -> int:
+    """Return the number of input features or channels of a layer."""
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+
+
+def solve_mixing(moment: FloatArray, kept: NDArray[np.int64], removed: NDArray[np.int64]) -> FloatArray:
+    """Return B (kept, removed) = (Σ_KK + ridge)⁻¹ Σ_KS; falls back to a pseudo-inverse with a warning."""
+    block = moment[np.ix_(kept, kept)]
+    right = moment[np.ix_(kept, removed)]
+    ridge = RELATIVE_RIDGE * max(float(np.trace(block)) / len(kept), 1e-30)
+    block = block + ridge * np.eye(len(kept))
+    try:
+        return np.asarray(scipy.linalg.cho_solve(scipy.linalg.cho_factor(block, check_finite=False), right))
+    except np.linalg.LinAlgError:
+        warnings.warn(
+            f"the least-squares system of {len(kept)} features is singular; its pseudo-inverse is used", stacklevel=2
+        )
+        return np.asarray(np.linalg.pinv(block, hermitian=True) @ right)
+
+
+def greedy_order(problems: Sequence[ConsumerProblem]) -> NDArray[np.int64]:
+    """Order channels so that each next one reduces the summed residual of all consumers most.
+
+    Forward selection by a pivoted Cholesky factorisation: R is the covariance that the channels chosen so far
+    cannot explain; choosing channel j lowers tr(M R) by R_j M R_j / R_jj, and R falls by a rank-one update.
+
+    Returns:
+        (width,) channels, first chosen first.
+    """
+    width = len(problems[0].features)
+    states = [_Elimination(problem) for problem in problems]
+    left = np.ones(width, dtype=bool)
+    order = np.empty(width, dtype=np.int64)
+    for place in range(width):
+        gain = np.sum([state.gains() for state in states], axis=0)
+        gain[~left] = -np.inf
+        order[place] = best = int(np.argmax(gain))
+        left[best] = False
+        for state in states:
+            state.keep(best)
+    return order
+
+
+def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int]) -> FloatArray:
+    """Return (width + 1,) the relative residual, summed over consumers, as channels join in the given order."""
+    states = [_Elimination(problem) for problem in problems]
+    total = [max(state.residual(), 1e-30) for state in states]
+    curve = np.empty(len(order) + 1)
+    curve[0] = 1.0
+    for place, channel in enumerate(order):
+        for state in states:
+            state.keep(int(channel))
+        shares = [state.residual() / whole for state, whole in zip(states, total, strict=True)]
+        curve[place + 1] = float(np.clip(np.mean(shares), 0.0, 1.0))
+    return np.minimum.accumulate(curve)
+
+
+class _Elimination:
+    """The part of one consumer's input that the kept channels cannot explain.
+
+    Other groups' features (a concatenation) count as kept: the question is what this group's removal loses.
+    """
+
+    def __init__(self, problem: ConsumerProblem) -> None:
+        self.features = problem.features
+        own = np.concatenate(problem.features)
+        place = np.full(len(problem.moment), -1)
+        place[own] = np.arange(len(own))
+        self.local = [place[features] for features in problem.features]
+        self.remaining = problem.moment[np.ix_(own, own)].copy()
+        self.weight = problem.weight[np.ix_(own, own)]
+        self.floor = 1e-9 * max(float(np.diag(self.remaining).max(initial=0.0)), 1e-30)
+        self.product = self.weight @ self.remaining  # M R
+
+    def residual(self) -> float:
+        return float(np.trace(self.product))
+
+    def gains(self) -> FloatArray:
+        """Return, per channel, how much tr(M R) falls when it is kept: tr(R_jj⁻¹ (R M R)_jj) over its features."""
+        if any(len(local) != len(self.local[0]) for local in self.local):
+            return np.array([self._block_gains(local[None])[0] for local in self.local])
+        return self._block_gains(np.stack(self.local))
+
+    def _block_gains(self, local: NDArray[np.int64]) -> FloatArray:
+        """Gains of equally large blocks; local: (blocks, T) features."""
+        rows = self.remaining[local]  # (blocks, T, F)
+        weighted = np.einsum("btf,bfs->bts", rows, self.product.T[local].transpose(0, 2, 1), optimize=True)
+        own = np.take_along_axis(rows, local[:, None, :].repeat(local.shape[1], 1), axis=2)  # (blocks, T, T)
+        if local.shape[1] == 1:
+            diagonal = own[:, 0, 0]
+            return np.where(diagonal > self.floor, weighted[:, 0, 0] / np.maximum(diagonal, self.floor), 0.0)
+        own = own + self.floor * np.eye(local.shape[1])
+        return np.einsum("btt->b", np.linalg.solve(own, weighted))
+
+    def keep(self, channel: int) -> None:
+        for feature in self.local[channel]:
+            pivot = self.remaining[feature, feature]
+            if pivot <= self.floor:
+                continue
+            column = self.remaining[:, feature].copy()
+            moved = self.product[:, feature].copy()
+            self.remaining -= np.outer(column, column) / pivot
+            self.product -= np.outer(moved, column) / pivot
+
+
+def _features_by_channel(
+    channel: NDArray[np.int64], feature: NDArray[np.int64], width: int
+) -> tuple[NDArray[np.int64], ...]:
+    return tuple(np.unique(feature[channel == place]) for place in range(width))

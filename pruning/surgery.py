@@ -1,0 +1,230 @@
+"""Cut a network to a plan: a copy whose tensors are `index_select`ed by the groups' index maps.
+
+The copy is made by `copy.deepcopy` with a memo that already holds the smaller tensors, so that the large ones
+are never copied, and a tensor that two modules share is cut once and stays shared.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .groups import ChannelGroup, IndexArray
+from .plan import PruningPlan
+from .tracing import evaluation_mode
+
+
+class SurgeryError(RuntimeError):
+    """The cut network does not compute what the masked original computes; the text names the layer."""
+
+
+def apply_plan(
+    network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan, *, verify: Tensor | None = None
+) -> nn.Module:
+    """Return a new, smaller, dense network; `network` is left untouched.
+
+    Args:
+        network: The network that `groups` were found in.
+        groups: From `find_groups` (or `shrink_groups` for a second round).
+        plan: Channels that stay.
+        verify: An input batch. When given, the cut network's output is compared with the masked original's.
+
+    Returns:
+        A copy of `network` with the channels removed and every count attribute updated. Nothing is repaired.
+
+    Raises:
+        UserError: The plan does not fit the groups, or the groups do not fit the network.
+        SurgeryError: Verification failed.
+    """
+    plan = plan.completed(groups)
+    tensors = named_tensors(network)
+    memo: dict[int, Any] = {}
+    for name, kept in kept_entries(groups, plan, tensors).items():
+        old = tensors[name]
+        if id(old) in memo:
+            continue
+        value = select(old.detach(), kept)
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        memo[id(old)] = value
+    smaller = copy.deepcopy(network, memo)
+    modules = dict(smaller.named_modules(remove_duplicate=False))
+    for group in groups:
+        gone = group.width - len(plan[group.name])
+        for cut in group.attributes:
+            _lower(modules[cut.module], cut.attribute, cut.per_channel * gone)
+    if verify is not None:
+        verify_cut(network, smaller, groups, plan, verify)
+    return smaller
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer by each of its names."""
+    tensors = dict(network.named_parameters(remove_duplicate=False))
+    return {**tensors, **dict(network.named_buffers(remove_duplicate=False))}
+
+
+def kept_entries(
+    groups: Sequence[ChannelGroup], plan: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[int, Tensor]]:
+    """Compile a plan to the entries that stay, per tensor and dimension.
+
+    Args:
+        groups: Channel groups.
+        plan: Channels that stay; every group named.
+        tensors: The network's parameters and buffers by name.
+
+    Returns:
+        tensor name -> dimension -> (n,) int64 positions that stay, ascending. Only dimensions that shrink.
+
+    Raises:
+        UserError: A tensor of the groups is missing or has another size than the groups say.
+    """
+    gone: dict[tuple[str, int], list[IndexArray]] = {}
+    for group in groups:
+        leaves = np.ones(group.width, dtype=bool)
+        leaves[list(plan[group.name])] = False
+        if not leaves.any():
+            continue
+        for piece in group.slices:
+            gone.setdefault((piece.tensor, piece.dim), []).append(piece.index[leaves[piece.channel]])
+    result: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), indices in gone.items():
+        if name not in tensors:
+            raise UserError(f"the groups must come from this network, but it has no tensor {name!r}")
+        stays = np.ones(tensors[name].shape[dim], dtype=bool)
+        removed = np.concatenate(indices)
+        if removed.size and removed.max() >= len(stays):
+            raise UserError(
+                f"the groups must fit the network, but {name!r} has {len(stays)} entries along dimension {dim} "
+                f"and entry {removed.max()} was to leave; call find_groups again or shrink_groups after a cut"
+            )
+        stays[removed] = False
+        if not stays.any():
+            raise UserError(f"a cut must leave something of every layer, but {name!r} would be empty")
+        result.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
+    return result
+
+
+def select(value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Take the entries `kept` along each dimension; the strongest reduction first."""
+    for dim in sorted(kept, key=lambda dim: len(kept[dim]) / value.shape[dim]):
+        value = value.index_select(dim, kept[dim].to(value.device))
+    return value
+
+
+def masked_copy(network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> nn.Module:
+    """Return a full-size copy in which the removed channels reach no consumer: their input weights are zero.
+
+    This is what the cut network must equal; it uses only the consumers' input maps, none of the other slices.
+    """
+    plan = plan.completed(groups)
+    masked = copy.deepcopy(network)
+    modules = dict(masked.named_modules(remove_duplicate=False))
+    with torch.no_grad():
+        for group in groups:
+            leaves = np.ones(group.width, dtype=bool)
+            leaves[list(plan[group.name])] = False
+            for consumer in group.consumers:
+                layer = modules[consumer.module]
+                weight: Any = layer.weight
+                dim = 0 if getattr(layer, "transposed", False) else 1
+                weight.index_fill_(dim, torch.from_numpy(consumer.index[leaves[consumer.channel]]), 0.0)
+    return masked
+
+
+def verify_cut(
+    network: nn.Module,
+    smaller: nn.Module,
+    groups: Sequence[ChannelGroup],
+    plan: PruningPlan,
+    inputs: Tensor,
+    tolerance: float | None = None,
+) -> float:
+    """Compare a cut (not yet repaired) network with the masked original.
+
+    Args:
+        network: The original.
+        smaller: What `apply_plan` made of it.
+        groups: The groups of `network`.
+        plan: The plan that was applied.
+        inputs: A batch of inputs.
+        tolerance: Largest accepted difference relative to the output's largest magnitude;
+            1e-5 in float32 and 1e-10 in float64 by default.
+
+    Returns:
+        The relative difference found.
+
+    Raises:
+        SurgeryError: The difference is larger, or a batch norm's width is wrong; the layer is named.
+    """
+    for name, module in smaller.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                if tensor is not None and len(tensor) != module.num_features:
+                    raise SurgeryError(f"batch norm {name!r} says {module.num_features}, holds {len(tensor)}")
+    masked = masked_copy(network, groups, plan)
+    with evaluation_mode(masked), evaluation_mode(smaller), torch.no_grad():
+        expected = masked(inputs)
+        try:
+            got = smaller(inputs)
+        except RuntimeError as error:
+            raise SurgeryError(f"the cut network does not run: {error}") from error
+    limit = tolerance or (1e-10 if expected.dtype == torch.float64 else 1e-5)
+    scale = max(float(expected.abs().max()), 1e-12)
+    difference = float((expected - got).abs().max()) / scale if expected.shape == got.shape else float("inf")
+    if not difference <= limit:
+        layer = _first_difference(masked, smaller, groups, plan, inputs, limit)
+        raise SurgeryError(
+            f"the cut network must equal the masked one to {limit:g}, "
+            f"but differs by {difference:.3g}, first at {layer!r}"
+        )
+    return difference
+
+
+def _first_difference(
+    masked: nn.Module,
+    smaller: nn.Module,
+    groups: Sequence[ChannelGroup],
+    plan: PruningPlan,
+    inputs: Tensor,
+    limit: float,
+) -> str:
+    """Name the first consumer, in order of execution, whose kept outputs differ."""
+    kept = kept_entries(groups, plan, named_tensors(masked))
+    consumers = list(dict.fromkeys(consumer.module for group in groups for consumer in group.consumers))
+    outputs: list[dict[str, Tensor]] = []
+    for network in (masked, smaller):
+        seen: dict[str, Tensor] = {}
+        modules = dict(network.named_modules(remove_duplicate=False))
+        handles = [
+            modules[name].register_forward_hook(lambda _m, _i, out, name=name, seen=seen: seen.update({name: out}))  # type: ignore[misc]
+            for name in consumers
+        ]
+        try:
+            with evaluation_mode(network), torch.no_grad():
+                network(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs.append(seen)
+    for name in outputs[1]:
+        expected, got = outputs[0][name], outputs[1][name]
+        rows = kept.get(f"{name}.weight", {}).get(0)
+        if rows is not None:
+            expected = expected.index_select(-1 if expected.dim() == 2 else 1, rows)
+        if expected.shape != got.shape or float((expected - got).abs().max()) > limit * float(expected.abs().max()):
+            return name
+    return "the output"
+
+
+def _lower(module: nn.Module, attribute: str, amount: int) -> None:
+    if attribute == "normalized_shape":
+        shape: Any = module.normalized_shape
+        module.normalized_shape = (*shape[:-1], shape[-1] - amount)  # type: ignore[assignment]
+    else:
+        setattr(module, attribute, getattr(module, attribute) - amount)

@@ -1,0 +1,180 @@
+"""What one forward pass reveals: order of layers, activation functions, the norm behind each layer.
+
+Activation functions are seen as *calls* (`nn.ReLU`, `F.relu`, `x.relu_()` alike), numbered in order; each is
+traced back along the autograd graph to the layer that feeds it. So a ReLU is found wherever it stands: as a
+module used twice, as a function, after batch norm, or after a residual sum.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .errors import UserError
+
+RECTIFIERS = {torch.relu, torch.relu_, F.relu, F.relu6, F.relu_, Tensor.relu, Tensor.relu_}
+SMOOTH = {F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu, F.leaky_relu, F.selu, F.mish, F.softplus, F.celu}
+SMOOTH |= {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, Tensor.tanh, Tensor.sigmoid, F.hardtanh}
+
+
+@dataclass(frozen=True)
+class ActivationCall:
+    """One call of an activation function in a forward pass.
+
+    Attributes:
+        ordinal: 0 for the first call of the pass.
+        rectified: Whether it is a ReLU (or ReLU6).
+        shape: Shape of its result.
+        sources: Names of the nearest layers behind its input.
+    """
+
+    ordinal: int
+    rectified: bool
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+
+
+@dataclass
+class Trace:
+    """What a forward pass showed.
+
+    Attributes:
+        order: Position of each leaf layer in the order of its first execution.
+        calls: Activation calls in order.
+        norm_after: Layer -> batch norm that takes its output directly.
+        widths: Leaf layer -> size of its output's channel dimension (last for linear layers, else dimension 1).
+    """
+
+    order: dict[str, int] = field(default_factory=dict)
+    calls: list[ActivationCall] = field(default_factory=list)
+    norm_after: dict[str, str] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+
+
+class ActivationMode(TorchFunctionMode):
+    """Calls `observe(ordinal, rectified, input, output)` at each activation function, in order.
+
+    Args:
+        observe: Receives the call's ordinal, whether it is a ReLU, what `before(input)` returned, and the output.
+        before: Looks at the input before the call (an in-place function overwrites it).
+    """
+
+    def __init__(
+        self, observe: Callable[[int, bool, Any, Tensor], None], before: Callable[[Tensor], Any] | None = None
+    ) -> None:
+        super().__init__()
+        self._observe = observe
+        self._before = before
+        self._ordinal = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass every call on; report those of activation functions."""
+        kwargs = kwargs or {}
+        rectified = func in RECTIFIERS
+        if not rectified and func not in SMOOTH:
+            return func(*args, **kwargs)
+        subject = args[0] if args else kwargs["input"]
+        seen = self._before(subject) if self._before else None
+        result = func(*args, **kwargs)
+        self._observe(self._ordinal, rectified, seen, result)
+        self._ordinal += 1
+        return result
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode; each one's own flag comes back on leaving."""
+    flags = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks on leaving, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace_forward(network: nn.Module, example_input: Tensor) -> Trace:
+    """Run one forward pass and note layers, activation calls and norms.
+
+    Args:
+        network: Parameters must require gradients (the autograd graph is walked); restored modes.
+        example_input: What the network takes.
+
+    Raises:
+        UserError: The forward pass fails on this input.
+    """
+    trace = Trace()
+    producer_of: dict[Any, str] = {}  # autograd node -> layer whose output it computed
+    last_output: dict[int, str] = {}  # id of an output tensor -> layer
+    alive: list[Any] = []  # holds tensors and nodes so that ids stay unique during the pass
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            trace.order.setdefault(name, len(trace.order))
+            if output.dim() > 1:
+                last = isinstance(module, (nn.Linear, nn.LayerNorm))
+                trace.widths[name] = output.shape[-1 if last else 1]
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs and id(inputs[0]) in last_output:
+                trace.norm_after[last_output[id(inputs[0])]] = name
+            if any(True for _ in module.parameters(recurse=False)) or isinstance(
+                module, nn.modules.batchnorm._NormBase
+            ):
+                last_output[id(output)] = name
+                if output.grad_fn is not None:
+                    producer_of[output.grad_fn] = name
+            alive.extend((output, output.grad_fn))
+
+        return hook
+
+    def observe(ordinal: int, rectified: bool, node: Any, output: Tensor) -> None:
+        sources = _nearest(node, producer_of)
+        trace.calls.append(ActivationCall(ordinal, rectified, tuple(output.shape), sources))
+
+    leaves = [(name, module) for name, module in network.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(after(name)) for name, module in leaves]
+    with evaluation_mode(network), hooked(handles), torch.enable_grad():
+        try:
+            with ActivationMode(observe, before=lambda subject: subject.grad_fn):
+                network(example_input)
+        except Exception as error:
+            raise UserError(
+                f"the network must accept an input of shape {tuple(example_input.shape)}, "
+                f"but its forward pass failed: {type(error).__name__}: {error}"
+            ) from error
+    return trace
+
+
+def _nearest(node: Any, producer_of: dict[Any, str]) -> tuple[str, ...]:
+    """Walk the autograd graph backwards from `node` to the first layer on every path."""
+    found: list[str] = []
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop(0)
+        if current is None:
+            continue
+        if current in producer_of:
+            found.append(producer_of[current])
+            continue
+        for following, _ in current.next_functions:
+            if following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,242 @@
+"""The waist of the hourglass: every plan, whoever made it, is cut, repaired and scored here.
+
+    subject --plan--> cut -> compensated -> batch norm recalibrated -> (retrained) -> scored, costed
+
+The environment, the heuristics, the controls and the final build all call `Trimmer.trim`, so that they are
+compared on the same ground.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .compensation import compensate, get_compensation, recalibrate
+from .cost import Cost, CostModel, count_cost
+from .criteria import RankingContext, get_criterion, rank_channels
+from .data import Split
+from .errors import UserError
+from .evaluation import Score, evaluate
+from .groups import ChannelGroup, find_groups, shrink_groups
+from .plan import PruningPlan
+from .retraining import RetrainResult, RetrainSettings, retrain
+from .statistics import Statistics, measure
+from .surgery import apply_plan
+from .task import PruningTask
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """How a cut is chosen, repaired and scored.
+
+    Attributes:
+        criterion: Which channels of a group leave, see `criteria.CRITERIA`.
+        compensation: How the next layers are repaired, see `compensation.COMPENSATIONS`.
+        calibration_images: Training images for statistics and Gram matrices.
+        recalibration_images: Training images for batch norm; 0 = batch norm stays as it is.
+        reward_images: Images of the reward split used for scoring; 0 = all.
+        batch_size: Examples a forward pass.
+        seed: Decides which images are drawn.
+    """
+
+    criterion: str = "least_squares"
+    compensation: str = "least_squares"
+    calibration_images: int = 512
+    recalibration_images: int = 512
+    reward_images: int = 0
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names and impossible sizes."""
+        get_criterion(self.criterion)
+        get_compensation(self.compensation)
+        if self.calibration_images < 1 or self.recalibration_images < 0 or self.reward_images < 0:
+            raise UserError(
+                "calibration_images must be at least 1, recalibration_images and reward_images at least 0, but got "
+                f"{self.calibration_images}, {self.recalibration_images} and {self.reward_images}"
+            )
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, but got {self.batch_size}")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network with all that is known of it: the pristine one, or what an earlier round left.
+
+    Attributes:
+        network: Never changed.
+        groups: Its channel groups.
+        statistics: Measured on it.
+        orders: group name -> (width,) channels from most to least important, by the configured criterion.
+        plan: How it came from the pristine network, in the pristine numbering.
+    """
+
+    network: nn.Module
+    groups: tuple[ChannelGroup, ...]
+    statistics: Statistics
+    orders: dict[str, Sequence[int]]
+    plan: PruningPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Trimmed:
+    """What a trim gives.
+
+    Attributes:
+        network: The smaller network, in evaluation mode.
+        plan: What stays of the pristine network.
+        score: On the reward split.
+        cost: Parameters and MACs.
+        retraining: What training did, or None.
+    """
+
+    network: nn.Module
+    plan: PruningPlan
+    score: Score
+    cost: Cost
+    retraining: RetrainResult | None = None
+
+
+class Trimmer:
+    """Cuts, repairs and scores plans for one task.
+
+    Data for calibration, recalibration and scoring are drawn and normalised once. The pristine network is
+    measured when it is first needed.
+
+    Args:
+        task: What is pruned.
+        settings: How cuts are chosen, repaired and scored.
+    """
+
+    def __init__(self, task: PruningTask, settings: RepairSettings | None = None) -> None:
+        self.task = task
+        self.settings = settings or RepairSettings()
+        self.evaluations = 0
+
+    @cached_property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """Channel groups of the pristine network."""
+        return find_groups(self.task.network, self.task.example)
+
+    @cached_property
+    def cost_model(self) -> CostModel:
+        """Predicts the cost of any plan for the pristine network."""
+        return CostModel(self.task.network, self.groups, self.task.example)
+
+    @cached_property
+    def calibration(self) -> Split:
+        """Training images for statistics and Gram matrices, normalised once."""
+        return self._draw(self.task.train, self.settings.calibration_images, 1)
+
+    @cached_property
+    def recalibration(self) -> Split:
+        """Training images for batch norm, normalised once."""
+        return self._draw(self.task.train, self.settings.recalibration_images, 2)
+
+    @cached_property
+    def reward(self) -> Split:
+        """Images of the reward split, normalised once."""
+        return self._draw(self.task.reward, self.settings.reward_images or len(self.task.reward), 3)
+
+    @cached_property
+    def pristine(self) -> Subject:
+        """The original network, measured."""
+        return self.examine(self.task.network, self.groups, PruningPlan.full(self.groups))
+
+    @cached_property
+    def baseline(self) -> Score:
+        """Score of the original network on the reward images."""
+        return self.score(self.task.network)
+
+    def examine(self, network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> Subject:
+        """Measure a network and rank its channels.
+
+        Args:
+            network: The pristine one or what a trim left.
+            groups: Its groups.
+            plan: How it came from the pristine network.
+        """
+        statistics = measure(network, groups, self._batches(self.calibration))
+        context = RankingContext(network, statistics, self.settings.seed)
+        orders = rank_channels(self.settings.criterion, groups, context)
+        return Subject(network, tuple(groups), statistics, orders, plan)
+
+    def examine_trimmed(self, trimmed: Trimmed) -> Subject:
+        """Measure what an earlier trim left, for another round; no graph is traced again."""
+        return self.examine(trimmed.network, shrink_groups(self.groups, trimmed.plan), trimmed.plan)
+
+    def plan(self, counts: Sequence[int] | np.ndarray, subject: Subject | None = None) -> PruningPlan:
+        """Return the plan that keeps the `counts` (groups,) most important channels, in `subject`'s numbering."""
+        subject = subject or self.pristine
+        names = [group.name for group in subject.groups]
+        chosen = {name: int(count) for name, count in zip(names, counts, strict=True)}
+        return PruningPlan.from_counts(subject.groups, chosen, subject.orders)
+
+    def trim(
+        self,
+        plan: PruningPlan,
+        subject: Subject | None = None,
+        *,
+        retraining: RetrainSettings | None = None,
+        seed: int = 0,
+        verify: bool = False,
+        compensation: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Trimmed:
+        """Cut, repair, recalibrate, perhaps retrain, and score.
+
+        Args:
+            plan: What stays of `subject`, in its numbering.
+            subject: What is cut; the pristine network by default.
+            retraining: Training after the repair; none by default.
+            seed: Of that training.
+            verify: Whether the cut is checked against the masked original before it is repaired.
+            compensation: Another repair than the settings'.
+            progress: Called with the number of retraining updates done.
+        """
+        subject = subject or self.pristine
+        method = compensation or self.settings.compensation
+        check = self.calibration.subset(8, torch.Generator().manual_seed(0)) if verify else None
+        inputs = next(iter(check.batches(8))).images if check is not None else None
+        network = apply_plan(subject.network, subject.groups, plan, verify=inputs)
+        compensate(network, subject.network, subject.groups, plan, subject.statistics, method)
+        self.recalibrate(network)
+        done = None
+        if retraining is not None and retraining.updates:
+            done = retrain(
+                network, self.task.train, retraining, seed=seed, teacher=self.task.network, progress=progress
+            )
+        network.eval()
+        return Trimmed(
+            network=network,
+            plan=subject.plan.then(plan.completed(subject.groups)),
+            score=self.score(network),
+            cost=count_cost(network, self.task.example),
+            retraining=done,
+        )
+
+    def recalibrate(self, network: nn.Module) -> None:
+        """Re-estimate the batch norms of `network` in place, if it has any and the settings ask for it."""
+        if self.settings.recalibration_images:
+            recalibrate(network, (images for images, _ in self._batches(self.recalibration)))
+
+    def score(self, network: nn.Module) -> Score:
+        """Score a network on the reward images."""
+        self.evaluations += 1
+        return evaluate(network, self._batches(self.reward), self.task.metric)
+
+    def score_selection(self, network: nn.Module) -> Score:
+        """Score a network on the selection split."""
+        return evaluate(network, self._batches(self.task.selection), self.task.metric)
+
+    def _batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(split.batches(self.settings.batch_size))
+
+    def _draw(self, split: Split, count: int, salt: int) -> Split:
+        generator = torch.Generator().manual_seed(self.settings.seed * 1000 + salt)
+        chosen = split.subset(count, generator) if count < len(split) else split
+        return chosen.prepared()
