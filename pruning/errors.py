@@ -22,7 +22,8 @@ def closest(name: str, known: Iterable[str]) -> str:
     """
     options = sorted(known)
     lowered = {option.lower(): option for option in options}
-    near = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    near = [option for option in lowered if name and option.startswith(name.lower())]
+    near = near or get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {lowered[near[0]]!r}?"
     return f"; known are {', '.join(options)}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .groups import ChannelGroup
 from .statistics import ConsumerStatistics, FloatArray, Statistics
 
-RELATIVE_RIDGE = 1e-6
+RELATIVE_RIDGE = 1e-3
 """Added to the diagonal of Σ_KK, as a share of its mean: makes dead and duplicate channels harmless."""
 
 
