@@ -1,0 +1,64 @@
+"""What is true of a network: groups, statistics, plans, surgery, repair, retraining, cost. No word of RL."""
+
+from .budget import solve_counts
+from .compensation import COMPENSATIONS, compensate, recalibrate
+from .cost import Cost, CostModel, count_cost
+from .criteria import CRITERIA, RankingContext, rank_channels
+from .data import DataSplits, SplitSettings, load_data
+from .errors import UserError
+from .evaluation import Score, evaluate
+from .groups import ChannelGroup, find_groups, shrink_groups, survey_groups
+from .networks import build_network, network_names
+from .plan import PruningPlan
+from .prepare import TaskSettings, prepare_task
+from .retraining import RetrainSettings, retrain
+from .schedule import Built, Round, Schedule, build
+from .statistics import Statistics, measure
+from .surgery import SurgeryError, apply_plan, masked_copy, verify_cut
+from .task import PruningTask
+from .trimmer import RepairSettings, Subject, Trimmed, Trimmer
+
+__all__ = [
+    "COMPENSATIONS",
+    "CRITERIA",
+    "Built",
+    "ChannelGroup",
+    "Cost",
+    "CostModel",
+    "DataSplits",
+    "PruningPlan",
+    "PruningTask",
+    "RankingContext",
+    "RepairSettings",
+    "RetrainSettings",
+    "Round",
+    "Schedule",
+    "Score",
+    "SplitSettings",
+    "Statistics",
+    "Subject",
+    "SurgeryError",
+    "TaskSettings",
+    "Trimmed",
+    "Trimmer",
+    "UserError",
+    "apply_plan",
+    "build",
+    "build_network",
+    "compensate",
+    "count_cost",
+    "evaluate",
+    "find_groups",
+    "load_data",
+    "masked_copy",
+    "measure",
+    "network_names",
+    "prepare_task",
+    "rank_channels",
+    "recalibrate",
+    "retrain",
+    "shrink_groups",
+    "solve_counts",
+    "survey_groups",
+    "verify_cut",
+]

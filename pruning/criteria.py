@@ -6,7 +6,6 @@ documentation users see.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,7 +135,9 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def rank_channels(criterion: str, groups: Sequence[ChannelGroup], context: RankingContext) -> dict[str, Any]:
+def rank_channels(
+    criterion: str, groups: Sequence[ChannelGroup], context: RankingContext
+) -> dict[str, NDArray[np.int64]]:
     """Order every group's channels from most to least important.
 
     Args:

@@ -171,14 +171,15 @@ class _Elimination:
         return np.einsum("btt->b", np.linalg.solve(own, weighted))
 
     def keep(self, channel: int) -> None:
-        for feature in self.local[channel]:
-            pivot = self.remaining[feature, feature]
-            if pivot <= self.floor:
-                continue
-            column = self.remaining[:, feature].copy()
-            moved = self.product[:, feature].copy()
-            self.remaining -= np.outer(column, column) / pivot
-            self.product -= np.outer(moved, column) / pivot
+        """Take what the channel explains out of R and M R: a block step of the Cholesky factorisation."""
+        local = self.local[channel]
+        columns = self.remaining[:, local]  # (F, T)
+        own = columns[local]
+        if float(np.trace(own)) <= self.floor:
+            return
+        explained = np.linalg.solve(own + self.floor * np.eye(len(local)), columns.T)  # (T, F)
+        self.product -= self.product[:, local] @ explained
+        self.remaining -= columns @ explained
 
 
 def _features_by_channel(

@@ -5,7 +5,7 @@ are never copied, and a tensor that two modules share is cut once and stays shar
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,10 @@ def apply_plan(
     """
     plan = plan.completed(groups)
     tensors = named_tensors(network)
+    entries = kept_entries(groups, plan, tensors)
+    _check_shared(network, entries)
     memo: dict[int, Any] = {}
-    for name, kept in kept_entries(groups, plan, tensors).items():
+    for name, kept in entries.items():
         old = tensors[name]
         if id(old) in memo:
             continue
@@ -108,6 +110,27 @@ def kept_entries(
             raise UserError(f"a cut must leave something of every layer, but {name!r} would be empty")
         result.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
     return result
+
+
+def _check_shared(network: nn.Module, entries: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Refuse a plan under which a tensor that two modules share would need two shapes or contents."""
+    first_name: dict[int, str] = {}
+    for name, tensor in _own_tensors(network):
+        first = first_name.setdefault(id(tensor), name)
+        one, other = entries.get(first, {}), entries.get(name, {})
+        if one.keys() != other.keys() or any(not torch.equal(one[dim], other[dim]) for dim in one):
+            raise UserError(
+                f"a tensor shared by {first!r} and {name!r} must be cut alike in both, but the plan cuts them "
+                "differently; keep these groups whole or untie the weights"
+            )
+
+
+def _own_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each module's own parameters and buffers, a module under several names only once."""
+    for prefix, module in network.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def select(value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

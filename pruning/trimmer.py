@@ -7,11 +7,12 @@ compared on the same ground.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .compensation import compensate, get_compensation, recalibrate
@@ -71,15 +72,27 @@ class Subject:
         network: Never changed.
         groups: Its channel groups.
         statistics: Measured on it.
-        orders: group name -> (width,) channels from most to least important, by the configured criterion.
         plan: How it came from the pristine network, in the pristine numbering.
+        criterion: Name of the criterion that ranks its channels.
+        seed: Of a criterion that draws random numbers.
     """
 
     network: nn.Module
     groups: tuple[ChannelGroup, ...]
     statistics: Statistics
-    orders: dict[str, Sequence[int]]
     plan: PruningPlan
+    criterion: str
+    seed: int = 0
+
+    @property
+    def context(self) -> RankingContext:
+        """What a criterion may look at."""
+        return RankingContext(self.network, self.statistics, self.seed)
+
+    @cached_property
+    def orders(self) -> dict[str, NDArray[np.int64]]:
+        """Group name -> (width,) channels from most to least important; ranked when first needed."""
+        return rank_channels(self.criterion, self.groups, self.context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +166,7 @@ class Trimmer:
         return self.score(self.task.network)
 
     def examine(self, network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> Subject:
-        """Measure a network and rank its channels.
+        """Measure a network.
 
         Args:
             network: The pristine one or what a trim left.
@@ -161,9 +174,7 @@ class Trimmer:
             plan: How it came from the pristine network.
         """
         statistics = measure(network, groups, self._batches(self.calibration))
-        context = RankingContext(network, statistics, self.settings.seed)
-        orders = rank_channels(self.settings.criterion, groups, context)
-        return Subject(network, tuple(groups), statistics, orders, plan)
+        return Subject(network, tuple(groups), statistics, plan, self.settings.criterion, self.settings.seed)
 
     def examine_trimmed(self, trimmed: Trimmed) -> Subject:
         """Measure what an earlier trim left, for another round; no graph is traced again."""
@@ -207,9 +218,7 @@ class Trimmer:
         self.recalibrate(network)
         done = None
         if retraining is not None and retraining.updates:
-            done = retrain(
-                network, self.task.train, retraining, seed=seed, teacher=self.task.network, progress=progress
-            )
+            done = self._retrain(network, retraining, seed, progress)
         network.eval()
         return Trimmed(
             network=network,
@@ -218,6 +227,24 @@ class Trimmer:
             cost=count_cost(network, self.task.example),
             retraining=done,
         )
+
+    def retrain(
+        self,
+        trimmed: Trimmed,
+        settings: RetrainSettings,
+        *,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Trimmed:
+        """Train what a trim left, in place, and score it again."""
+        done = self._retrain(trimmed.network, settings, seed, progress)
+        return replace(trimmed, score=self.score(trimmed.network), retraining=done)
+
+    def _retrain(
+        self, network: nn.Module, settings: RetrainSettings, seed: int, progress: Callable[[int], None] | None
+    ) -> RetrainResult:
+        teacher = self.task.network if settings.distillation else None
+        return retrain(network, self.task.train, settings, seed=seed, teacher=teacher, progress=progress)
 
     def recalibrate(self, network: nn.Module) -> None:
         """Re-estimate the batch norms of `network` in place, if it has any and the settings ask for it."""

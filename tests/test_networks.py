@@ -1,5 +1,6 @@
 """Networks against parameter counts worked out by hand, and the wording of what can go wrong."""
 
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.networks import NETWORKS, build_network, load_weights, network_names
+from prunegym.pruning.networks import NETWORKS, build_network, network_names
+from prunegym.pruning.weights import load_weights
 from safetensors.torch import save_file
 from torch import nn
 
@@ -138,12 +140,24 @@ def make(outputs=2):
 
 def text():
     return "no network"
+
+class Doubled(nn.Linear):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+def own_class():
+    return Doubled(WIDTH, 2)
 """
+
+
+def outputs_for_ones(network: nn.Module) -> list[list[float]]:
+    with torch.no_grad():
+        return network(torch.ones(1, 3)).tolist()
 
 
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    stem = f"own_{request.node.name.split('[')[0]}"
+    stem = f"own_{request.node.name}".replace("[", "_").replace("]", "")
     (tmp_path / f"{stem}.py").write_text(SOURCE.format(stem=stem))
     (tmp_path / f"helper_of_{stem}.py").write_text("WIDTH = 3\n")
     monkeypatch.chdir(tmp_path)
@@ -154,6 +168,14 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.
 def test_user_module(own_module: str) -> None:
     network = build_network(f"{own_module}:make", classes=10, arguments={"outputs": 5})
     assert (network.in_features, network.out_features) == (3, 5)
+
+
+@pytest.mark.parametrize("form", ["{stem}:own_class", "{folder}/{stem}.py:own_class"], ids=["module", "file"])
+def test_user_network_reaches_a_spawned_process(own_module: str, tmp_path: Path, form: str) -> None:
+    network = build_network(form.format(stem=own_module, folder=tmp_path), seed=0)
+    assert type(network).__module__ == own_module
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(outputs_for_ones, (network,)) == outputs_for_ones(network)
 
 
 def test_user_file(own_module: str, tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""What the agent sees of one channel group: float32, finite, in documented ranges, of a size that does not depend
+on the network.
+"""
+
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pruning.cost import CostModel
+from ..pruning.criteria import residual_curve
+from ..pruning.groups import ChannelGroup
+from ..pruning.trimmer import Subject
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One entry of the observation: its name, range and meaning."""
+
+    name: str
+    low: float
+    high: float
+    meaning: str
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature("position", 0, 1, "place of the group in the walk, 0 = first, 1 = last"),
+    Feature("round", 0, 1, "rounds finished / rounds"),
+    Feature("log_width", 0, 1, "log2 of the channels present / 12"),
+    Feature("params_share", 0, 1, "share of the present parameters that vanishes with the group"),
+    Feature("macs_share", 0, 1, "share of the present MACs that vanishes with the group"),
+    Feature("kernel", 0, 1, "largest kernel extent of the producers / 11"),
+    Feature("stride", 0, 1, "largest stride of the producers / 4"),
+    Feature("producers", 0, 1, "log2(1 + layers that produce the channels) / 6"),
+    Feature("consumers", 0, 1, "log2(1 + layers that read them) / 6"),
+    Feature("has_relu", 0, 1, "1 where a ReLU follows; else the six APoZ entries are 0"),
+    Feature("apoz_mean", 0, 1, "mean APoZ over channels"),
+    Feature("apoz_std", 0, 1, "standard deviation of APoZ, times 2"),
+    Feature("apoz_p10", 0, 1, "10th percentile"),
+    Feature("apoz_p50", 0, 1, "median"),
+    Feature("apoz_p90", 0, 1, "90th percentile"),
+    Feature("apoz_above", 0, 1, "share of channels above mean + one standard deviation"),
+    Feature("taylor_share", 0, 1, "share of the network's summed Taylor 2017 importance"),
+    Feature("taylor_weakest_25", 0, 1, "share of the group's importance held by its weakest quarter"),
+    Feature("taylor_weakest_50", 0, 1, "... by its weaker half"),
+    Feature("taylor_weakest_75", 0, 1, "... by all but its strongest quarter"),
+    Feature("residual_75", 0, 1, "least-squares residual at the consumers when 75 % stay, 1 = everything lost"),
+    Feature("residual_50", 0, 1, "... when 50 % stay"),
+    Feature("residual_25", 0, 1, "... when 25 % stay"),
+    Feature("width_ratio", 0, 1, "channels present / channels of the pristine network"),
+    Feature("target", 0, 1, "budget: share of the pristine cost to keep (0 = no budget)"),
+    Feature("spent", 0, 1, "cost of the widths decided so far / pristine cost"),
+    Feature("reachable", 0, 1, "least cost that can still be reached / pristine cost"),
+    Feature("previous_action", -1, 1, "action of the step before, 0 at the start"),
+    Feature("accuracy_drop", -1, 1, "pristine accuracy minus the last scored one, 0 before the first score"),
+)
+
+_STATIC = 22  # entries from log_width to residual_25 depend on the subject only; see `describe`
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an episode stands, as far as the agent may see it."""
+
+    position: int
+    round: int
+    rounds: int
+    target: float
+    spent: float
+    reachable: float
+    previous_action: float
+    accuracy_drop: float
+
+
+class GroupObservation:
+    """Turns a subject and the episode's progress into a vector.
+
+    Args:
+        model: Cost model of the pristine network.
+        widths: (groups,) pristine widths.
+    """
+
+    def __init__(self, model: CostModel) -> None:
+        self.model = model
+        self._described: tuple[Subject, FloatArray] | None = None
+
+    def space(self) -> gym.spaces.Box:
+        """Return the observation space, Box of shape (len(FEATURES),)."""
+        low = np.array([feature.low for feature in FEATURES], dtype=np.float32)
+        high = np.array([feature.high for feature in FEATURES], dtype=np.float32)
+        return gym.spaces.Box(low, high, dtype=np.float32)
+
+    def observe(self, subject: Subject, progress: Progress) -> NDArray[np.float32]:
+        """Return (features,) what is known of the group at `progress.position`."""
+        row = self.describe(subject)[progress.position]
+        last = max(1, len(subject.groups) - 1)
+        values = np.concatenate(
+            (
+                [progress.position / last, progress.round / progress.rounds],
+                row,
+                [progress.target, progress.spent, progress.reachable],
+                [progress.previous_action, progress.accuracy_drop],
+            )
+        )
+        space = self.space()
+        return np.clip(np.nan_to_num(values), space.low, space.high).astype(np.float32)
+
+    def describe(self, subject: Subject) -> FloatArray:
+        """Return (groups, 22) what does not change while the same network is walked, `log_width` to `width_ratio`."""
+        if self._described is None or self._described[0] is not subject:
+            taylor = [_sum(subject.statistics.groups[group.name].taylor_2017) for group in subject.groups]
+            whole = max(sum(taylor), 1e-30)
+            params, macs = (self._vanishing(subject, unit) for unit in ("params", "macs"))
+            rows = [
+                [
+                    np.log2(group.width) / 12,
+                    params[place],
+                    macs[place],
+                    group.kernel / 11,
+                    group.stride / 4,
+                    np.log2(1 + len(group.producers)) / 6,
+                    np.log2(1 + len(group.consumers)) / 6,
+                    *_apoz(subject, group),
+                    taylor[place] / whole,
+                    *_taylor_shares(subject.statistics.groups[group.name].taylor_2017),
+                    *_residuals(subject, group),
+                    group.width / self.model.widths[place],
+                ]
+                for place, group in enumerate(subject.groups)
+            ]
+            self._described = (subject, np.array(rows, dtype=np.float64))
+        return self._described[1]
+
+    def _vanishing(self, subject: Subject, unit: str) -> FloatArray:
+        widths = np.array([group.width for group in subject.groups], dtype=np.int64)
+        whole = self.model.cost(widths).of(unit)
+        shares = np.empty(len(widths))
+        for place in range(len(widths)):
+            without = widths.copy()
+            without[place] = 0
+            shares[place] = 1 - self.model.cost(without).of(unit) / whole
+        return shares
+
+
+def _sum(values: FloatArray | None) -> float:
+    return 0.0 if values is None else float(values.sum())
+
+
+def _apoz(subject: Subject, group: ChannelGroup) -> list[float]:
+    apoz = subject.statistics.groups[group.name].apoz
+    if apoz is None:
+        return [0.0] * 7
+    mean, std = float(apoz.mean()), float(apoz.std())
+    return [1.0, mean, 2 * std, *np.percentile(apoz, (10, 50, 90)).tolist(), float((apoz > mean + std).mean())]
+
+
+def _taylor_shares(taylor: FloatArray | None) -> list[float]:
+    if taylor is None:
+        return [0.0] * 3
+    cumulative = np.cumsum(np.sort(taylor)) / max(float(taylor.sum()), 1e-30)
+    return [_at(np.concatenate(([0.0], cumulative)), share) for share in (0.25, 0.5, 0.75)]
+
+
+def _residuals(subject: Subject, group: ChannelGroup) -> list[float]:
+    curve = residual_curve(group, subject.context, subject.orders[group.name])
+    return [_at(curve, share) for share in (0.75, 0.5, 0.25)]
+
+
+def _at(curve: FloatArray, share: float) -> float:
+    """Read a curve over 0 … width channels at a share of the width, linearly between whole channels."""
+    return float(np.interp(share * (len(curve) - 1), np.arange(len(curve)), curve))

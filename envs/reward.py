@@ -1,0 +1,105 @@
+"""What a finished plan is paid: named terms × weights of the same names."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..pruning.errors import UserError, closest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a reward may look at.
+
+    Attributes:
+        accuracy: Of the trimmed network on the reward images, in [0, 1].
+        baseline: Of the original network on the same images.
+        reference: Of the uniform plan at the same budget; nan where none is asked for.
+        kept: Share of the original cost that is left, in (0, 1], in the budget's unit.
+    """
+
+    accuracy: float
+    baseline: float
+    reference: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How plans are paid.
+
+    Attributes:
+        objective: "budget": accuracy relative to the uniform plan at the same budget.
+            "accuracy_floor": ψ · φ of try-and-learn (Huang et al. 2018): ψ = (b − (p* − p̂)) / b, φ = ln(N / C).
+        accepted_drop: b, the accepted drop of accuracy, in (0, 1].
+        weights: Weight of each term, replacing the objective's own; see `TERMS`.
+    """
+
+    objective: str = "budget"
+    accepted_drop: float = 0.02
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names and an accepted drop outside (0, 1]."""
+        if self.objective not in OBJECTIVES:
+            hint = closest(self.objective, OBJECTIVES)
+            raise UserError(f"objective must be a known name, but got {self.objective!r}{hint}")
+        if not 0 < self.accepted_drop <= 1:
+            raise UserError(f"accepted_drop must be in (0, 1], but got {self.accepted_drop}; 0.01 is one point")
+        for name in self.weights:
+            if name not in TERMS:
+                raise UserError(f"a reward term must be a known name, but got {name!r}{closest(name, TERMS)}")
+
+
+Term = Callable[[Outcome, RewardSettings], float]
+
+
+def _gain(outcome: Outcome, settings: RewardSettings) -> float:
+    return outcome.accuracy - outcome.reference
+
+
+def _psi_phi(outcome: Outcome, settings: RewardSettings) -> float:
+    psi = (settings.accepted_drop - (outcome.baseline - outcome.accuracy)) / settings.accepted_drop
+    return psi * math.log(1.0 / outcome.kept)
+
+
+def _accuracy(outcome: Outcome, settings: RewardSettings) -> float:
+    return outcome.accuracy
+
+
+def _saving(outcome: Outcome, settings: RewardSettings) -> float:
+    return 1.0 - outcome.kept
+
+
+TERMS: dict[str, Term] = {
+    "gain_over_uniform": _gain,
+    "psi_phi": _psi_phi,
+    "accuracy": _accuracy,
+    "saving": _saving,
+}
+
+OBJECTIVES: Mapping[str, dict[str, float]] = {
+    "budget": {"gain_over_uniform": 10.0},
+    "accuracy_floor": {"psi_phi": 1.0},
+}
+
+
+class Reward:
+    """Weighs the terms of one objective."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self.settings = settings
+        self.weights = dict(settings.weights) or dict(OBJECTIVES[settings.objective])
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the uniform plan has to be scored."""
+        return "gain_over_uniform" in self.weights
+
+    def terms(self, outcome: Outcome) -> dict[str, float]:
+        """Return every weighted term by name."""
+        return {name: TERMS[name](outcome, self.settings) for name in self.weights}
+
+    def total(self, terms: Mapping[str, float]) -> float:
+        """Return the sum of terms × weights."""
+        return float(sum(self.weights[name] * value for name, value in terms.items()))

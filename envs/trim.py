@@ -1,0 +1,319 @@
+"""`prunegym/Trim-v0`: walk over the channel groups of a network and say how much of each to trim."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pruning.errors import UserError
+from ..pruning.plan import PruningPlan
+from ..pruning.retraining import RetrainSettings
+from ..pruning.schedule import round_seed
+from ..pruning.task import PruningTask
+from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
+from .action import ActionRule, RoundTarget, make_action_rule
+from .default_task import default_task
+from .observation import GroupObservation, Progress
+from .render import widths_image, widths_text
+from .reward import Outcome, Reward, RewardSettings
+
+
+@dataclass(frozen=True)
+class TrimSettings:
+    """Settings of `TrimEnv`.
+
+    Attributes:
+        budget: Share of the original cost to keep, in (0, 1]; None only with objective "accuracy_floor".
+        budget_unit: "macs" or "params".
+        rounds: Walks over the groups in one episode; the budget is approached geometrically.
+        action: "score", "ratio" or "threshold", see `envs.action`.
+        score_scale: Log-odds of staying at action 1 (rule "score").
+        largest_trim: Largest share that one action may trim (rule "ratio").
+        retrain_updates: Training updates after each round's cut, inside the episode.
+        retraining: How that training is done; its `updates` is not used.
+        repair: Criterion, compensation, calibration and scoring.
+        reward: Objective and weights.
+    """
+
+    budget: float | None = 0.3
+    budget_unit: str = "macs"
+    rounds: int = 1
+    action: str = "score"
+    score_scale: float = 3.0
+    largest_trim: float = 0.95
+    retrain_updates: int = 0
+    retraining: RetrainSettings = field(default_factory=RetrainSettings)
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse combinations without meaning."""
+        if self.rounds < 1 or self.retrain_updates < 0:
+            raise UserError(
+                f"rounds must be at least 1 and retrain_updates at least 0, but got {self.rounds} and "
+                f"{self.retrain_updates}"
+            )
+        if not self.score_scale > 0 or not 0 < self.largest_trim < 1:
+            raise UserError(
+                f"score_scale must be positive and largest_trim in (0, 1), but got {self.score_scale} and "
+                f"{self.largest_trim}"
+            )
+        if self.action == "threshold" and self.repair.criterion != "apoz":
+            raise UserError(
+                f"action 'threshold' is a threshold on APoZ, so criterion must be 'apoz', "
+                f"but got {self.repair.criterion!r}"
+            )
+        if self.budget is None and Reward(self.reward).needs_reference:
+            raise UserError("objective 'budget' needs a budget; set one, or use objective 'accuracy_floor'")
+
+
+class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """Prune a trained network, one channel group a step.
+
+    ## Description
+    An episode makes one pruning schedule. It walks over the channel groups, input to output, `rounds` times; each
+    action says how much of the group to trim. At the end of each walk the widths are projected onto the budget, the
+    network is cut for real, repaired, its batch norm recalibrated, optionally retrained, and scored on the reward
+    images; the next walk sees statistics measured anew on what is left. `reset` starts from the pristine weights,
+    which are never changed. The classifier's outputs are never cut and no group ever empties.
+
+    ## Observation
+    `Box` of shape (29,), float32: the group that the *next* action trims. In order (see `observation.FEATURES`):
+
+    | index | name | min | max | meaning |
+    |---|---|---|---|---|
+    | 0–1 | position, round | 0 | 1 | place in the walk; rounds finished / rounds |
+    | 2–8 | log_width, params_share, macs_share, kernel, stride, producers, consumers | 0 | 1 | geometry |
+    | 9 | has_relu | 0 | 1 | whether APoZ is defined |
+    | 10–15 | apoz mean, std (× 2), p10, p50, p90, share above mean + 1σ | 0 | 1 | APoZ |
+    | 16–19 | taylor share of the network; share of the weakest 25, 50, 75 % | 0 | 1 | Taylor 2017 |
+    | 20–22 | residual when 75, 50, 25 % stay | 0 | 1 | relative least-squares residual at the consumers |
+    | 23 | width_ratio | 0 | 1 | channels present / original |
+    | 24–26 | target, spent, reachable | 0 | 1 | budget; cost decided so far; least cost still reachable |
+    | 27 | previous_action | -1 | 1 | action of the step before |
+    | 28 | accuracy_drop | -1 | 1 | original accuracy − last scored accuracy |
+
+    ## Action
+    `Box(-1, 1, (1,))`; the meaning is `TrimSettings.action`: "score" (keep = sigmoid(scale · a + b), one b solved so
+    that the budget is met), "ratio" (share to trim, clipped only when the budget could no longer be met),
+    "threshold" (APoZ above mean + z·σ leaves, z = 1 + 2a; a constant 0 is Network Trimming). Which channels leave is
+    the criterion's choice.
+
+    ## Reward
+    0 until the last step of an episode; then the sum of named terms × weights. Objective "budget":
+    10 × (accuracy − accuracy of the uniform plan at the same budget, same repair, same retraining). Objective
+    "accuracy_floor": ψ · φ with the accepted drop b.
+
+    ## Start, end
+    `reset(options={"budget": 0.4})` changes the budget for one episode. Episodes terminate after
+    groups × rounds steps and are never truncated.
+
+    ## Info
+    Each step: `group` (the group just decided). At the end of each round also `requested` and `executed` (share of
+    the original channels, by group), `accuracy`, `loss`, `params`, `macs`, `kept` (share of the budget's unit), `plan`
+    (channels that stay, by group). At the end of an episode also `reward_terms`, `reference_accuracy` and `plans`
+    (one per round). No wall-clock times.
+
+    ## Arguments
+    `task`: a `PruningTask`, by default embedded digits with a small LeNet; `settings`: `TrimSettings`;
+    `render_mode`: "ansi" or "rgb_array" (bars of the widths kept); `trimmer`: share the measurements of another
+    environment in the same process.
+
+    ## Version history
+    v0: first version.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012  (the type gymnasium declares)
+
+    def __init__(
+        self,
+        task: PruningTask | None = None,
+        settings: TrimSettings | None = None,
+        render_mode: str | None = None,
+        trimmer: Trimmer | None = None,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise UserError(f"render_mode must be one of {self.metadata['render_modes']}, but got {render_mode!r}")
+        self.settings = settings or TrimSettings()
+        self.render_mode = render_mode
+        self.trimmer = trimmer or Trimmer(task or default_task(), self.settings.repair)
+        if self.trimmer.settings != self.settings.repair:
+            raise UserError("a shared trimmer must have the environment's repair settings, but they differ")
+        model = self.trimmer.cost_model
+        self._rule: ActionRule = make_action_rule(
+            self.settings.action,
+            model,
+            score_scale=self.settings.score_scale,
+            largest_trim=self.settings.largest_trim,
+        )
+        self._rule.check(self.settings.budget, self.settings.budget_unit)
+        self._observation = GroupObservation(model)
+        self._reward = Reward(self.settings.reward)
+        self.observation_space = self._observation.space()
+        self.action_space = self._rule.space()
+        self._references: dict[float | None, float] = {}
+        self._budget = self.settings.budget
+        self._subject: Subject | None = None
+        self._actions: list[float] = []
+        self._plans: list[PruningPlan] = []
+        self._score: Trimmed | None = None
+        self._seed = self.settings.repair.seed
+
+    # ---- the three verbs ------------------------------------------------------------------------------------------
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start from the pristine network; `options={"budget": share}` sets the budget of this episode."""
+        super().reset(seed=seed)
+        budget = (options or {}).get("budget", self.settings.budget)
+        self._rule.check(budget, self.settings.budget_unit)
+        self._budget = budget
+        self._subject = self.trimmer.pristine
+        self._actions, self._plans, self._score = [], [], None
+        return self._observe(), {"group": self._subject.groups[0].name}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Decide the present group; at the end of a walk cut, repair and score."""
+        if self._subject is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        if len(self._plans) == self.settings.rounds:
+            raise gym.error.ResetNeeded("the episode has ended; call reset()")
+        self._actions.append(_scalar(action))
+        info: dict[str, Any] = {"group": self._subject.groups[len(self._actions) - 1].name}
+        reward, terminated = 0.0, False
+        if len(self._actions) == len(self._subject.groups):
+            info.update(self._finish_round())
+            terminated = len(self._plans) == self.settings.rounds
+            if terminated:
+                reward, report = self._pay()
+                info.update(report)
+        return self._observe(), reward, terminated, False, info
+
+    def render(self) -> Any:
+        """Return the widths kept so far, as text ("ansi") or as an (H, W, 3) uint8 picture ("rgb_array")."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode, 'ansi' or 'rgb_array', given when the environment is made")
+            return None
+        groups = self.trimmer.groups
+        kept = list(self._plans[-1].counts.values()) if self._plans else [group.width for group in groups]
+        names, before = [group.name for group in groups], [group.width for group in groups]
+        title = f"round {len(self._plans)}/{self.settings.rounds}"
+        if self._score is not None:
+            share = self._kept(self._score)
+            title += f", accuracy {self._score.score.accuracy:.4f}, {share:.1%} of the {self.settings.budget_unit}"
+        if self.render_mode == "ansi":
+            return widths_text(names, before, kept, title)
+        return widths_image(names, before, kept, title)
+
+    # ---- an episode's nouns ---------------------------------------------------------------------------------------
+    def _finish_round(self) -> dict[str, Any]:
+        assert self._subject is not None
+        subject, actions = self._subject, np.array(self._actions)
+        counts = self._rule.resolve(actions, subject, self._target(len(self._plans)))
+        trimmed = self._trim(subject, counts, len(self._plans))
+        originals = self.trimmer.cost_model.widths
+        present = np.array([group.width for group in subject.groups])
+        requested = self._rule.requested(actions, subject) * present / originals
+        self._plans.append(trimmed.plan)
+        self._score = trimmed
+        self._actions = []
+        if len(self._plans) < self.settings.rounds:
+            self._subject = self.trimmer.examine_trimmed(trimmed)
+        names = [group.name for group in subject.groups]
+        return {
+            "requested": dict(zip(names, requested.tolist(), strict=True)),
+            "executed": dict(zip(names, (counts / originals).tolist(), strict=True)),
+            "accuracy": trimmed.score.accuracy,
+            "loss": trimmed.score.loss,
+            "params": trimmed.cost.params,
+            "macs": trimmed.cost.macs,
+            "kept": self._kept(trimmed),
+            "plan": trimmed.plan.to_dict(),
+        }
+
+    def _pay(self) -> tuple[float, dict[str, Any]]:
+        assert self._score is not None
+        reference = self.reference_accuracy(self._budget) if self._reward.needs_reference else float("nan")
+        outcome = Outcome(
+            accuracy=self._score.score.accuracy,
+            baseline=self.trimmer.baseline.accuracy,
+            reference=reference,
+            kept=self._kept(self._score),
+        )
+        terms = self._reward.terms(outcome)
+        report: dict[str, Any] = {"reward_terms": terms, "plans": [plan.to_dict() for plan in self._plans]}
+        if self._reward.needs_reference:
+            report["reference_accuracy"] = reference
+        return self._reward.total(terms), report
+
+    def reference_accuracy(self, budget: float | None) -> float:
+        """Return the accuracy, on the reward images, of uniform rounds to the same budget; scored once per budget."""
+        if budget not in self._references:
+            rule = make_action_rule("score", self.trimmer.cost_model, score_scale=1.0, largest_trim=0.5)
+            rule.check(budget, self.settings.budget_unit)
+            subject = self.trimmer.pristine
+            for place in range(self.settings.rounds):
+                target = RoundTarget(self._share(budget, place), self.settings.budget_unit, True)
+                counts = rule.resolve(np.zeros(len(subject.groups)), subject, target)
+                trimmed = self._trim(subject, counts, place)
+                if place + 1 < self.settings.rounds:
+                    subject = self.trimmer.examine_trimmed(trimmed)
+            self._references[budget] = trimmed.score.accuracy
+        return self._references[budget]
+
+    def _trim(self, subject: Subject, counts: NDArray[np.int64], place: int) -> Trimmed:
+        retraining = replace(self.settings.retraining, updates=self.settings.retrain_updates)
+        plan = self.trimmer.plan(counts, subject)
+        return self.trimmer.trim(plan, subject, retraining=retraining, seed=round_seed(self._seed, place))
+
+    def _observe(self) -> NDArray[np.float32]:
+        assert self._subject is not None
+        ended = len(self._plans) == self.settings.rounds
+        subject = self._subject
+        place = len(subject.groups) - 1 if ended else len(self._actions)
+        model, unit = self.trimmer.cost_model, self.settings.budget_unit
+        target = self._target(min(len(self._plans), self.settings.rounds - 1))
+        actions = np.array(self._actions)
+        if ended:
+            counts = np.array(list(self._plans[-1].counts.values()))
+            least = counts
+        else:
+            counts = self._rule.decided(actions, subject, target)
+            least = self._rule.smallest(subject)
+            if self.settings.action != "score":
+                least = np.concatenate((counts[: len(actions)], least[len(actions) :]))
+        drop = 0.0 if self._score is None else self.trimmer.baseline.accuracy - self._score.score.accuracy
+        return self._observation.observe(
+            subject,
+            Progress(
+                position=place,
+                round=len(self._plans),
+                rounds=self.settings.rounds,
+                target=target.share or 0.0,
+                spent=model.share(counts, unit),
+                reachable=model.share(least, unit),
+                previous_action=self._actions[-1] if self._actions else 0.0,
+                accuracy_drop=drop,
+            ),
+        )
+
+    def _target(self, place: int) -> RoundTarget:
+        last = place == self.settings.rounds - 1
+        return RoundTarget(self._share(self._budget, place), self.settings.budget_unit, last)
+
+    def _share(self, budget: float | None, place: int) -> float | None:
+        """Return what may be left after round `place`: the budget is approached geometrically."""
+        return None if budget is None else budget ** ((place + 1) / self.settings.rounds)
+
+    def _kept(self, trimmed: Trimmed) -> float:
+        unit = self.settings.budget_unit
+        return trimmed.cost.of(unit) / self.trimmer.cost_model.full.of(unit)
+
+
+def _scalar(action: Any) -> float:
+    value = np.asarray(action, dtype=np.float64).reshape(-1)
+    if value.size != 1 or not np.isfinite(value[0]):
+        raise UserError(f"an action must be one finite number in [-1, 1], but got {action!r}")
+    return float(np.clip(value[0], -1.0, 1.0))

@@ -1,0 +1,228 @@
+"""Network Trimming: iterative removal of channels with a high Average Percentage of Zeros.
+
+Source: Hu, Peng, Tai, Tang, "Network Trimming: A Data-Driven Neuron Pruning Approach towards Efficient Deep
+Architectures" (2016, arXiv 1607.03250): measure APoZ, remove what lies more than one standard deviation above its
+layer's mean, keep the surviving weights, retrain, repeat. The paper trims a few layers: those of highest mean APoZ
+that hold most parameters, then their neighbours. Ours are the automatic choice of these layers, the exact stop at a
+budget, and the sharing of a fixed number of updates between the rounds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ..errors import UserError, closest
+from ..plan import PruningPlan
+from ..retraining import RetrainSettings
+from ..schedule import BuiltRound, Round, Schedule, round_seed
+from ..trimmer import Subject, Trimmed, Trimmer
+
+Masks = dict[str, NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class NetworkTrimmingSettings:
+    """How Network Trimming proceeds.
+
+    Attributes:
+        sigmas: A channel leaves when its APoZ exceeds its layer's mean by this many standard deviations.
+        max_rounds: Most rounds; in the last one the threshold gives way if the budget is not met yet.
+        targets: Names of the groups to trim; empty = chosen automatically.
+        narrowest: The automatic choice takes the fewest groups such that the budget can be met while each of
+            them keeps at least this share of its channels.
+        final_share: Share of all updates that is kept for the training after the last round.
+        accepted_drop: Stop before a round whose retrained accuracy on the reward images lies more than this
+            below the original's, in [0, 1]; None = only the budget counts.
+        compensation: Repair after each cut; the published method has none ("delete").
+    """
+
+    sigmas: float = 1.0
+    max_rounds: int = 8
+    targets: tuple[str, ...] = ()
+    narrowest: float = 0.15
+    final_share: float = 0.5
+    accepted_drop: float | None = None
+    compensation: str = "delete"
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        if self.max_rounds < 1 or not 0 <= self.final_share <= 1 or not 0 < self.narrowest <= 1:
+            raise UserError(
+                "Network Trimming needs max_rounds >= 1, final_share in [0, 1] and narrowest in (0, 1], but got "
+                f"{self.max_rounds}, {self.final_share} and {self.narrowest}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkTrimmingResult:
+    """What Network Trimming made.
+
+    Attributes:
+        network: The trimmed, retrained network.
+        schedule: Its rounds, replayable.
+        rounds: Scores and widths of each.
+        targets: The groups that were trimmed.
+        mean_apoz: By round (0 = before the first) the mean APoZ of each target.
+        forced: Whether the threshold had to give way in the last round to meet the budget.
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    rounds: tuple[BuiltRound, ...]
+    targets: tuple[str, ...]
+    mean_apoz: tuple[dict[str, float], ...]
+    forced: bool
+
+
+def network_trimming(
+    trimmer: Trimmer,
+    *,
+    budget: float,
+    unit: str = "params",
+    retraining: RetrainSettings,
+    seed: int = 0,
+    settings: NetworkTrimmingSettings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> NetworkTrimmingResult:
+    """Trim by APoZ, round after round, until the budget is met.
+
+    Args:
+        trimmer: Task and settings; its criterion is replaced by "apoz", its compensation by the settings'.
+        budget: Share of the whole network's cost to keep, in (0, 1]. Met from below, within one channel.
+        unit: "macs" or "params".
+        retraining: `updates` is the total over all rounds; the other values hold for each round.
+        seed: Of the retraining.
+        settings: See `NetworkTrimmingSettings`.
+        progress: Called with the number of optimizer steps done so far.
+
+    Raises:
+        UserError: No group has a ReLU behind it, an unknown target, or a budget the targets cannot reach.
+    """
+    settings = settings or NetworkTrimmingSettings()
+    repair = replace(trimmer.settings, criterion="apoz", compensation=settings.compensation)
+    rectified = [group.name for group in trimmer.groups if group.rectified]
+    if not rectified:
+        raise UserError(
+            "Network Trimming needs a ReLU behind at least one channel group, but this network has none; "
+            "use criterion 'taylor_2017', 'l2' or 'least_squares' instead"
+        )
+    trimmer.cost_model.check_budget(budget, unit)
+    trimmer = Trimmer(trimmer.task, repair)
+    targets = _targets(trimmer, rectified, budget, unit, settings)
+    per_round = int(retraining.updates * (1 - settings.final_share)) // max(1, settings.max_rounds - 1)
+
+    subject, entries, records, spent, forced = trimmer.pristine, [], [], 0, False
+    trimmed: Trimmed | None = None
+    apoz = [_mean_apoz(subject, targets)]
+    for place in range(settings.max_rounds):
+        last = place == settings.max_rounds - 1
+        keep, met, forced = _one_round(trimmer, subject, targets, budget, unit, settings.sigmas, last)
+        plan = PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
+        updates = retraining.updates - spent if met or last else per_round
+        candidate = trimmer.trim(plan, subject)
+        after_trim = candidate.score
+        if updates:
+            tell = (lambda done, before=spent: progress(before + done)) if progress else None
+            candidate = trimmer.retrain(
+                candidate, replace(retraining, updates=updates), seed=round_seed(seed, place), progress=tell
+            )
+        if settings.accepted_drop is not None and trimmed is not None:
+            drop = trimmer.baseline.accuracy - candidate.score.accuracy
+            if drop > settings.accepted_drop:
+                break
+        spent += updates
+        trimmed = candidate
+        entries.append(Round(candidate.plan, updates))
+        records.append(BuiltRound(candidate.plan.counts, after_trim, candidate.score, candidate.cost, updates))
+        subject = trimmer.examine_trimmed(candidate)
+        apoz.append(_mean_apoz(subject, targets))
+        if met:
+            break
+    assert trimmed is not None  # at least one round ran
+    schedule = Schedule(
+        rounds=tuple(entries),
+        repair=repair,
+        retraining=replace(retraining, updates=0),
+        seed=seed,
+        made_by="network_trimming",
+    )
+    return NetworkTrimmingResult(trimmed.network, schedule, tuple(records), targets, tuple(apoz), forced)
+
+
+def _targets(
+    trimmer: Trimmer, rectified: list[str], budget: float, unit: str, settings: NetworkTrimmingSettings
+) -> tuple[str, ...]:
+    """Choose the groups to trim: highest mean APoZ × share of the cost first, as few as the budget needs."""
+    model = trimmer.cost_model
+    if settings.targets:
+        for name in settings.targets:
+            if name not in rectified:
+                raise UserError(f"targets must be groups with a ReLU, but got {name!r}{closest(name, rectified)}")
+        chosen = set(settings.targets)
+        smallest = dict.fromkeys(chosen, 1)
+        if model.share(smallest, unit) > budget:
+            raise UserError(
+                f"the budget must be reachable by the targets, but one channel in each still costs "
+                f"{model.share(smallest, unit):.4f} of the {unit}; the budget is {budget}"
+            )
+        return tuple(name for name in model.names if name in chosen)
+    shares = dict(zip(model.names, model.group_share(unit), strict=True))
+    means = _mean_apoz(trimmer.pristine, tuple(rectified))
+    widths = dict(zip(model.names, model.widths.tolist(), strict=True))
+    order = sorted(rectified, key=lambda name: -means[name] * shares[name])
+    for narrowest in (settings.narrowest, 0.0):
+        for count in range(1, len(order) + 1):
+            smallest = {name: max(1, int(narrowest * widths[name])) for name in order[:count]}
+            if model.share(smallest, unit) <= budget:
+                return tuple(name for name in model.names if name in smallest)
+    least = model.share(dict.fromkeys(order, 1), unit)
+    raise UserError(
+        f"Network Trimming can only cut groups with a ReLU behind them, and one channel in each still costs "
+        f"{least:.4f} of the {unit}; the budget is {budget}"
+    )
+
+
+def _one_round(
+    trimmer: Trimmer,
+    subject: Subject,
+    targets: tuple[str, ...],
+    budget: float,
+    unit: str,
+    sigmas: float,
+    last: bool,
+) -> tuple[Masks, bool, bool]:
+    """Decide what stays of `subject`: (masks by group, whether the budget is met, whether the threshold gave way)."""
+    model = trimmer.cost_model
+    keep: Masks = {group.name: np.ones(group.width, dtype=bool) for group in subject.groups}
+    candidates: list[tuple[float, str, int]] = []
+    for name in targets:
+        apoz = _apoz(subject, name)
+        z = (apoz - apoz.mean()) / max(float(apoz.std()), 1e-12)
+        candidates += [(float(score), name, channel) for channel, score in enumerate(z)]
+    candidates.sort(key=lambda item: (-item[0], item[1], item[2]))  # weakest first
+    counts = {name: int(mask.sum()) for name, mask in keep.items()}
+    forced = False
+    for z_score, name, channel in candidates:
+        if model.share(counts, unit) <= budget:
+            break
+        if z_score <= sigmas:
+            if not last:
+                break
+            forced = True
+        if counts[name] > 1:
+            keep[name][channel] = False
+            counts[name] -= 1
+    return keep, model.share(counts, unit) <= budget, forced
+
+
+def _apoz(subject: Subject, name: str) -> NDArray[np.float64]:
+    apoz = subject.statistics.groups[name].apoz
+    assert apoz is not None  # targets have a ReLU
+    return apoz
+
+
+def _mean_apoz(subject: Subject, names: tuple[str, ...]) -> dict[str, float]:
+    return {name: float(_apoz(subject, name).mean()) for name in names}

@@ -1,0 +1,169 @@
+"""From names to a checked task: load the data, build the network, load or train its weights.
+
+Weights trained here are kept in the user's cache folder, keyed by everything that decides them, so that the
+same task is not trained twice; a damaged cache file is trained again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .data import DataSplits, SplitSettings, load_data
+from .errors import UserError
+from .networks import build_network
+from .retraining import RetrainSettings, retrain
+from .task import PruningTask
+from .weights import load_weights
+
+RECIPE = 1
+"""Raised when training changes, so that older cached weights are not taken."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Which network, on which data.
+
+    Attributes:
+        network: Built-in or torchvision name, or the user's own as `module:function` or `file.py:function`.
+        network_arguments: Keyword arguments of the network.
+        weights: File with trained weights (.safetensors or a plain state dict); None = train here.
+        data: Name of the data set, see `data.data_names()`.
+        data_root: Folder that holds it.
+        image_size: Side to which images are brought, in pixels; None = the data set's own.
+        mean: Per channel, subtracted from images in [0, 1]; None = the data set's own.
+        std: Per channel, divides; None = the data set's own.
+        splits: Sizes and seed of the reward, selection and test splits.
+        training: How the network is trained when no weights are given.
+        metric: "accuracy" or "top5_accuracy".
+    """
+
+    network: str = "lenet5_caffe"
+    network_arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    data: str = "digits"
+    data_root: str | None = None
+    image_size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    splits: SplitSettings = field(default_factory=SplitSettings)
+    training: RetrainSettings = field(default_factory=RetrainSettings)
+    metric: str = "accuracy"
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder, `$XDG_CACHE_HOME/prunegym` or `~/.cache/prunegym`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunegym"
+
+
+def prepare_task(
+    settings: TaskSettings,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> PruningTask:
+    """Load data and network, train it if no weights are given, and check the whole.
+
+    Args:
+        settings: What to load.
+        seed: Of the initial weights and the training.
+        device: Where training and the task run, e.g. "cpu" or "cuda".
+        progress: Called with the number of training updates done.
+
+    Raises:
+        UserError: Anything the user asked for does not exist or does not fit.
+    """
+    data = load_data(
+        settings.data,
+        root=settings.data_root,
+        settings=settings.splits,
+        image_size=settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+    )
+    network = build_network(
+        settings.network,
+        classes=data.classes,
+        in_channels=data.image_shape[0],
+        image_size=data.image_shape[-1],
+        arguments=settings.network_arguments,
+        seed=seed,
+    ).to(device)
+    if settings.weights is not None:
+        load_weights(network, settings.weights)
+    else:
+        _trained(network, data, settings, seed, device, progress)
+    network.eval()
+    source = {**dataclasses.asdict(settings), "seed": seed, "classes": data.classes, "image_shape": data.image_shape}
+    task = PruningTask.from_data(
+        network, data, metric=settings.metric, name=f"{settings.network} on {settings.data}", source=source
+    )
+    return task.to(device) if device != "cpu" else task
+
+
+def _trained(
+    network: nn.Module,
+    data: DataSplits,
+    settings: TaskSettings,
+    seed: int,
+    device: str,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Train `network` in place, or take the weights that the same training gave before."""
+    if not settings.training.updates:
+        raise UserError(
+            "an untrained network cannot be pruned: give its weights (--task.weights) "
+            "or train it here (--task.training.updates)"
+        )
+    own_code = ":" in settings.network
+    kept = None if own_code else cache_folder() / f"{_key(settings, data, seed, device)}.safetensors"
+    if kept is not None and kept.is_file():
+        try:
+            network.load_state_dict(load_file(kept, device=device))
+            return
+        except (OSError, RuntimeError, SafetensorError):
+            kept.unlink(missing_ok=True)  # damaged: train again
+    retrain(network, data.train.to(device), settings.training, seed=seed, progress=progress)
+    if kept is not None:
+        _keep(network, kept)
+
+
+def _keep(network: nn.Module, path: Path) -> None:
+    """Write atomically; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            save_file({name: value.contiguous() for name, value in network.state_dict().items()}, draft)
+            draft.replace(path)
+    except OSError:
+        return
+
+
+def _key(settings: TaskSettings, data: DataSplits, seed: int, device: str) -> str:
+    """Digest of everything that decides the trained weights."""
+    parts = dataclasses.asdict(settings)
+    for irrelevant in ("metric", "weights", "data_root"):
+        parts.pop(irrelevant)
+    examples = getattr(data.train, "images", None)
+    content = (
+        hashlib.sha256(examples[:: max(1, len(examples) // 512)].contiguous().numpy().tobytes()).hexdigest()
+        if (isinstance(examples, torch.Tensor))
+        else str(settings.data_root)
+    )
+    parts.update(
+        recipe=RECIPE, seed=seed, device=device, torch=torch.__version__, threads=torch.get_num_threads(),
+        content=content, examples=len(data.train),
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,218 @@
+"""A pruning schedule: the plan of each round and the retraining between them. Readable, editable, replayable.
+
+`build` is how every final network comes about, whoever made the schedule: from the pristine weights, never from
+an episode's leftovers.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .cost import Cost
+from .errors import UserError, closest
+from .evaluation import Score
+from .plan import PruningPlan
+from .retraining import RetrainSettings
+from .trimmer import RepairSettings, Trimmer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: cut to `plan`, repair, then train for `retrain_updates`.
+
+    Attributes:
+        plan: What stays of the *original* network after this round.
+        retrain_updates: Optimizer steps after the cut.
+    """
+
+    plan: PruningPlan
+    retrain_updates: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rounds, and how each is repaired and trained.
+
+    Attributes:
+        rounds: First to last; each keeps a subset of the one before.
+        repair: How cuts are repaired.
+        retraining: How the network is trained after a cut; `updates` is taken from each round.
+        seed: Root of the training's random numbers.
+        made_by: Who made it, e.g. "agent" or "network_trimming".
+    """
+
+    rounds: tuple[Round, ...]
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    retraining: RetrainSettings = field(default_factory=RetrainSettings)
+    seed: int = 0
+    made_by: str = ""
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What stays of the original network in the end."""
+        return self.rounds[-1].plan
+
+    @property
+    def retrain_updates(self) -> int:
+        """Optimizer steps over all rounds."""
+        return sum(entry.retrain_updates for entry in self.rounds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "format": FORMAT,
+            "made_by": self.made_by,
+            "seed": self.seed,
+            "repair": dataclasses.asdict(self.repair),
+            "retraining": dataclasses.asdict(self.retraining),
+            "rounds": [
+                {"widths": r.plan.counts, "retrain_updates": r.retrain_updates, "keep": r.plan.to_dict()}
+                for r in self.rounds
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Schedule":
+        """Read what `to_dict` wrote; `widths` are for readers only and need not be given.
+
+        Raises:
+            UserError: Not a schedule, an unknown key, or no round.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("rounds"), list) or not data["rounds"]:
+            raise UserError("a schedule must hold a list 'rounds' with at least one round")
+        if data.get("format", FORMAT) != FORMAT:
+            raise UserError(f"a schedule must have format {FORMAT}, but got {data['format']!r}")
+        rounds = []
+        for place, entry in enumerate(data["rounds"]):
+            if not isinstance(entry, Mapping) or "keep" not in entry:
+                raise UserError(f"round {place} of a schedule must hold 'keep', but got {entry!r:.80}")
+            updates = entry.get("retrain_updates", 0)
+            if not isinstance(updates, int) or updates < 0:
+                raise UserError(f"retrain_updates must be a whole number from 0, but round {place} has {updates!r}")
+            rounds.append(Round(PruningPlan.from_dict(entry["keep"]), updates))
+        return cls(
+            tuple(rounds),
+            repair=_settings(RepairSettings, data.get("repair", {}), "repair"),
+            retraining=_settings(RetrainSettings, data.get("retraining", {}), "retraining"),
+            seed=int(data.get("seed", 0)),
+            made_by=str(data.get("made_by", "")),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule as JSON."""
+        Path(path).write_text(_compact(json.dumps(self.to_dict(), indent=1)) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Schedule":
+        """Read a schedule.
+
+        Raises:
+            UserError: The file is missing, is no JSON or no schedule; the file is named.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise UserError(f"a schedule file must be readable, but {path} is not: {error.strerror}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"a schedule must be JSON, but {path} is not: {error}") from error
+
+
+@dataclass(frozen=True)
+class BuiltRound:
+    """What one round of a build did.
+
+    Attributes:
+        widths: Channels present after it, by group.
+        after_trim: Score on the reward images after cut and repair.
+        after_retraining: Score after the round's training (the same where there was none).
+        cost: Cost after the cut.
+        retrain_updates: Optimizer steps.
+    """
+
+    widths: dict[str, int]
+    after_trim: Score
+    after_retraining: Score
+    cost: Cost
+    retrain_updates: int
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A finished network and how it came about."""
+
+    network: nn.Module
+    schedule: Schedule
+    rounds: tuple[BuiltRound, ...]
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the finished network."""
+        return self.rounds[-1].cost
+
+
+def build(
+    trimmer: Trimmer, schedule: Schedule, *, verify: bool = True, progress: Callable[[int], None] | None = None
+) -> Built:
+    """Replay a schedule on the pristine weights.
+
+    Args:
+        trimmer: Knows the task; its settings must be the schedule's.
+        schedule: What to replay.
+        verify: Whether each cut is checked against the masked network.
+        progress: Called with the number of optimizer steps done so far, over all rounds.
+    """
+    if schedule.repair != trimmer.settings:
+        trimmer = Trimmer(trimmer.task, schedule.repair)
+    subject, records, spent = trimmer.pristine, [], 0
+    for place, entry in enumerate(schedule.rounds):
+        relative = entry.plan.completed(trimmer.groups).relative_to(subject.plan)
+        trimmed = trimmer.trim(relative, subject, verify=verify)
+        after_trim = trimmed.score
+        if entry.retrain_updates:
+            settings = dataclasses.replace(schedule.retraining, updates=entry.retrain_updates)
+            tell = (lambda done, before=spent: progress(before + done)) if progress else None
+            trimmed = trimmer.retrain(trimmed, settings, seed=round_seed(schedule.seed, place), progress=tell)
+            spent += entry.retrain_updates
+        records.append(BuiltRound(trimmed.plan.counts, after_trim, trimmed.score, trimmed.cost, entry.retrain_updates))
+        if place + 1 < len(schedule.rounds):
+            subject = trimmer.examine_trimmed(trimmed)
+    return Built(trimmed.network, schedule, tuple(records))
+
+
+def round_seed(seed: int, place: int) -> int:
+    """Return the seed of the training after round `place`."""
+    return seed * 1009 + place
+
+
+def _settings(kind: Any, data: Any, where: str) -> Any:
+    known = {item.name for item in dataclasses.fields(kind)}
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where!r} of a schedule must hold settings, but got {data!r:.80}")
+    for key in data:
+        if key not in known:
+            raise UserError(
+                f"{where!r} of a schedule may only hold settings, but got {key!r}{closest(str(key), known)}"
+            )
+    return kind(**data)
+
+
+def _compact(text: str) -> str:
+    """Put lists of numbers on one line, so that a person can read and edit them."""
+    lines, inside = [], False
+    for line in text.split("\n"):
+        if inside:
+            lines[-1] += line.strip() + (" " if line.rstrip().endswith(",") else "")
+            inside = line.strip() not in ("]", "],")
+        else:
+            lines.append(line)
+            inside = line.endswith("[") and "rounds" not in line
+    return "\n".join(lines)
