@@ -32,7 +32,8 @@ class TrimSettings:
         score_scale: Log-odds of staying at action 1 (rule "score").
         largest_trim: Largest share that one action may trim (rule "ratio").
         retrain_updates: Training updates after each round's cut, inside the episode.
-        retraining: How that training is done; its `updates` is not used.
+        retraining: How networks are trained after a cut, inside the episode (`retrain_updates` steps a round) and
+            when the finished network is built (`retraining.updates` steps, over and above).
         repair: Criterion, compensation, calibration and scoring.
         reward: Objective and weights.
     """

@@ -4,6 +4,7 @@ Keep shares are sigmoid(score + b). Equal scores give the uniform plan; the diff
 difference of their log-odds of staying. Only b depends on the budget.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,7 +43,7 @@ def solve_counts(
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != present.shape or not np.isfinite(scores).all():
         raise UserError(f"a budget needs one finite score per group ({len(present)}), but got {scores.tolist()}")
-    allowed = round(budget * model.full.of(unit))
+    allowed = math.floor(budget * model.full.of(unit) * (1 + 1e-12))  # a share computed as cost / whole still fits
 
     def fits(counts: CountArray) -> bool:
         return model.cost(counts).of(unit) <= allowed

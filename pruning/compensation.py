@@ -197,7 +197,7 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
         Number of batch norms re-estimated (0: nothing to do, no data is read).
 
     Raises:
-        UserError: Fewer than `BATCH_NORM_SAMPLES` examples came.
+        UserError: Fewer than `BATCH_NORM_SAMPLES` examples came; the statistics are left as they were.
     """
     norms = [
         module
@@ -207,6 +207,7 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
     if not norms:
         return 0
     momenta = {norm: norm.momentum for norm in norms}
+    earlier = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     samples = 0
     with evaluation_mode(network), torch.no_grad():
         try:
@@ -218,12 +219,16 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
                 inputs = batch if isinstance(batch, Tensor) else batch[0]
                 samples += len(inputs)
                 network(inputs)
+            if samples < BATCH_NORM_SAMPLES:
+                raise UserError(
+                    f"batch norm needs at least {BATCH_NORM_SAMPLES} examples to be recalibrated, but got {samples}; "
+                    "give more calibration data"
+                )
+        except BaseException:
+            for buffer, value in earlier:
+                buffer.copy_(value)
+            raise
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
-    if samples < BATCH_NORM_SAMPLES:
-        raise UserError(
-            f"batch norm needs at least {BATCH_NORM_SAMPLES} examples to be recalibrated, but got {samples}; "
-            "give more calibration data"
-        )
     return len(norms)

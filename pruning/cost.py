@@ -5,6 +5,7 @@ of any plan from the groups' index maps in microseconds, so that a budget can be
 two equal on cut networks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -144,7 +145,7 @@ class CostModel:
         if budget < least:
             raise UserError(
                 f"budget must be reachable, but got {budget=}; one channel per group already costs "
-                f"{least:.6f} of the {unit}, the smallest reachable budget"
+                f"{math.ceil(least * 1e6) / 1e6:.6f} of the {unit}, the smallest reachable budget"
             )
 
 

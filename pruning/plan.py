@@ -34,7 +34,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
         for name, indices in keep.items():
             try:
                 chosen = tuple(sorted(_integer(index) for index in indices))
-            except TypeError:
+            except (TypeError, ValueError, OverflowError):  # the last two: NaN, infinity, beyond 64 bits
                 raise UserError(
                     f"a plan needs a list of channel indices per group, but got {name}: {indices!r}"
                 ) from None
@@ -136,9 +136,17 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
 
         Args:
             later: A plan whose indices count the channels that this plan keeps.
+
+        Raises:
+            UserError: `later` keeps a channel beyond what this plan leaves.
         """
         keep = dict(self._keep)
         for name, chosen in later.items():
+            if name in self._keep and chosen[-1] >= len(self._keep[name]):
+                raise UserError(
+                    f"group {name!r} has {len(self._keep[name])} channels left, "
+                    f"but the later plan keeps channel {chosen[-1]}"
+                )
             keep[name] = tuple(self._keep[name][index] for index in chosen) if name in self._keep else chosen
         return PruningPlan(keep)
 

@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .data import Batch, Split, augment_crop_flip
 from .errors import UserError
+from .tracing import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def retrain(
         split: Training data, reshuffled every epoch.
         settings: How to train.
         seed: Decides shuffling, augmentation and dropout; the global random state comes back.
-        teacher: The original; needed when `settings.distillation` is positive. Evaluated in evaluation mode.
+        teacher: The original; needed when `settings.distillation` is positive. Run in evaluation mode, comes back as it was.
         progress: Called with the number of steps done, after each.
 
     Raises:
@@ -112,7 +114,7 @@ def retrain(
     spent = 0
     for attempt in range(4):
         rate = settings.learning_rate / 4**attempt
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), nullcontext() if teacher is None else evaluation_mode(teacher):
             torch.manual_seed(seed)
             losses = _attempt(network, split, replace(settings, learning_rate=rate), seed, teacher, progress)
         spent += len(losses)
@@ -140,8 +142,6 @@ def _attempt(
     optimizer = _optimizer(network, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(settings, step))
     network.train()
-    if teacher is not None:
-        teacher.eval()
     losses: list[float] = []
     for step, (images, labels) in enumerate(_endless(split, settings, generator)):
         if step == settings.updates:

@@ -1,0 +1,149 @@
+"""From settings to a Stable-Baselines3 algorithm on a vectorised environment."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import stable_baselines3
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from ..envs.trim import TrimEnv, TrimSettings
+from ..pruning.errors import UserError, closest
+from ..pruning.task import PruningTask
+from ..pruning.trimmer import Trimmer
+from .settings import LearnerSettings
+
+try:
+    import sb3_contrib
+except ImportError:  # an optional package: its algorithms are then not offered
+    sb3_contrib = None  # type: ignore[assignment]
+
+
+def algorithms() -> dict[str, type[BaseAlgorithm]]:
+    """Return every algorithm that can be asked for, by name."""
+    found: dict[str, type[BaseAlgorithm]] = {}
+    for package in (stable_baselines3, sb3_contrib):
+        for name in getattr(package, "__all__", ()) if package else ():
+            kind = getattr(package, name)
+            if inspect.isclass(kind) and issubclass(kind, BaseAlgorithm):
+                found[name] = kind
+    return found
+
+
+def make_environments(
+    task: PruningTask, settings: TrimSettings, trimmer: Trimmer, *, workers: int, seed: int
+) -> VecEnv:
+    """Return `workers` environments; more than one live in spawned processes with their share of the threads."""
+    if workers == 1:
+        environment: VecEnv = DummyVecEnv([lambda: Monitor(TrimEnv(task, settings, trimmer=trimmer))])
+    else:
+        threads = max(1, torch.get_num_threads() // workers)
+        environment = SubprocVecEnv([_Worker(task, settings, threads)] * workers, start_method="spawn")
+    environment.seed(seed)
+    return environment
+
+
+class _Worker:
+    """Makes an environment in a process of its own; picklable."""
+
+    def __init__(self, task: PruningTask, settings: TrimSettings, threads: int) -> None:
+        self.task, self.settings, self.threads = task, settings, threads
+
+    def __call__(self) -> Monitor[Any, Any]:
+        torch.set_num_threads(self.threads)
+        return Monitor(TrimEnv(self.task, self.settings))
+
+
+def make_learner(
+    settings: LearnerSettings, environment: VecEnv, *, steps_per_episode: int, seed: int, log_folder: Path | None
+) -> BaseAlgorithm:
+    """Return the algorithm, untrained; the policy runs on the CPU.
+
+    Args:
+        settings: What to make.
+        environment: From `make_environments`.
+        steps_per_episode: Groups × rounds; an update sees whole episodes only.
+        seed: Of its weights and its noise.
+        log_folder: Folder for TensorBoard, or None.
+
+    Raises:
+        UserError: Unknown algorithm, one without continuous actions, or an argument it does not take.
+    """
+    known = algorithms()
+    if settings.algorithm not in known:
+        hint = closest(settings.algorithm, known)
+        if sb3_contrib is None:
+            hint += "; sb3-contrib is not installed (pip install 'prunegym[contrib]')"
+        raise UserError(f"algorithm must be a known name, but got {settings.algorithm!r}{hint}")
+    kind = known[settings.algorithm]
+    accepted = inspect.signature(kind.__init__).parameters
+    for name in settings.arguments:
+        if name not in accepted:
+            raise UserError(
+                f"{settings.algorithm} must take each of learner.arguments, but got {name!r}{closest(name, accepted)}"
+            )
+    rate = settings.learning_rate
+    keywords: dict[str, Any] = {
+        "gamma": 1.0,
+        "learning_rate": LinearFall(rate),
+        "seed": seed,
+        "device": "cpu",
+        "tensorboard_log": str(log_folder) if log_folder else None,
+    }
+    rollout = steps_per_episode * settings.episodes_per_update
+    if issubclass(kind, OnPolicyAlgorithm):
+        keywords.update(n_steps=rollout, gae_lambda=1.0)
+        if "batch_size" in accepted:
+            keywords["batch_size"] = rollout * environment.num_envs
+        if "ent_coef" in accepted:
+            keywords["ent_coef"] = 0.0
+        if "n_epochs" in accepted:
+            keywords["n_epochs"] = 10
+        keywords["policy_kwargs"] = {"log_std_init": settings.noise_start}
+    elif "learning_starts" in accepted:
+        keywords.update(learning_starts=rollout, batch_size=64)
+    keywords["policy_kwargs"] = {**keywords.get("policy_kwargs", {}), "net_arch": list(settings.hidden)}
+    keywords = {name: value for name, value in keywords.items() if name in accepted}
+    keywords.update(settings.arguments)
+    policy = "MlpLstmPolicy" if "Recurrent" in settings.algorithm else "MlpPolicy"
+    try:
+        learner = kind(policy, environment, **keywords)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{settings.algorithm} must work with one continuous action in [-1, 1], but: {error}"
+        ) from error
+    return learner
+
+
+class LinearFall:
+    """A learning rate that falls linearly from `start` to a tenth of it; picklable."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def __call__(self, remaining: float) -> float:
+        """Return the rate when the share `remaining` of the steps is left."""
+        return self.start * (0.1 + 0.9 * max(0.0, remaining))
+
+
+def noise_setter(learner: BaseAlgorithm, settings: LearnerSettings) -> Callable[[float], None] | None:
+    """Return a function that sets the policy's noise for a share of the search, or None where it has none.
+
+    A learned standard deviation moves too slowly within a few hundred episodes, and a constant one keeps the best
+    plans from being tried; so the noise follows a schedule and is not trained.
+    """
+    log_std = getattr(learner.policy, "log_std", None)
+    if not isinstance(log_std, torch.nn.Parameter):
+        return None
+    log_std.requires_grad_(False)
+
+    def set_noise(spent: float) -> None:
+        with torch.no_grad():
+            log_std.fill_(settings.noise_start + (settings.noise_end - settings.noise_start) * spent)
+
+    return set_noise

@@ -1,0 +1,52 @@
+"""Live progress on the terminal; silent unless asked for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from tqdm import tqdm
+
+from .history import History
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Shows what runs and how long it will take.
+
+    Attributes:
+        enabled: False = nothing is printed.
+    """
+
+    enabled: bool = False
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if self.enabled:
+            Console(highlight=False, soft_wrap=True).print(text)
+
+    @contextmanager
+    def updates(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar of optimizer steps; yields a function that takes the number done."""
+        with self._bar(label, total, "update") as bar:
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield show
+
+    @contextmanager
+    def evaluations(self, label: str, total: int) -> Iterator[Callable[[History], None]]:
+        """Show a bar of evaluations with the best accuracy so far; yields a function that takes the history."""
+        with self._bar(label, total, "eval") as bar:
+
+            def show(history: History) -> None:
+                best = history.best
+                if best is not None:
+                    bar.set_postfix_str(f"best {best.accuracy:.4f} at {best.kept:.1%}", refresh=False)
+                bar.update(len(history.rows) - bar.n)
+
+            yield show
+
+    def _bar(self, label: str, total: int, unit: str) -> "tqdm[None]":
+        return tqdm(total=total, desc=label, unit=unit, disable=not self.enabled, leave=True, mininterval=0.5)

@@ -1,0 +1,230 @@
+"""A search told to people: the table, the verdict, three pictures, and what the figures mean."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from .finalists import Finalist, verdict_sentence
+
+if TYPE_CHECKING:
+    from .search import SearchResult
+
+HEADERS = (
+    "network", "parameters", "fewer", "MACs", "fewer", "retraining", "after the cut", "selection", "test",
+)  # fmt: skip
+COLOURS = {
+    "original": "#222222",
+    "uniform": "#8a8f98",
+    "network_trimming": "#d1762a",
+    "network_trimming_repaired": "#e3b23c",
+    "agent": "#2f6db3",
+}
+
+
+def table_rows(result: "SearchResult") -> list[tuple[str, ...]]:
+    """Return the comparison, one row per network, as text; accuracies in percent."""
+    whole = result.finalists[0].cost
+    return [
+        (
+            finalist.label,
+            f"{finalist.cost.params:,}",
+            f"{whole.params / finalist.cost.params:.2f}×",
+            f"{finalist.cost.macs:,}",
+            f"{whole.macs / finalist.cost.macs:.2f}×",
+            f"{finalist.schedule.retrain_updates:,}" if finalist.schedule else "–",
+            _percent(finalist.after_trim),
+            _percent(finalist.selection.accuracy),
+            _percent(finalist.test),
+        )
+        for finalist in result.finalists
+    ]
+
+
+def console_table(result: "SearchResult") -> Table:
+    """Return the comparison for the terminal."""
+    table = Table(title=title(result), title_justify="left", title_style="bold")
+    for place, header in enumerate(HEADERS):
+        table.add_column(header, justify="left" if place == 0 else "right", no_wrap=True)
+    for finalist, row in zip(result.finalists, table_rows(result), strict=True):
+        table.add_row(*row, style="bold" if finalist.name == "agent" else None)
+    return table
+
+
+def title(result: "SearchResult") -> str:
+    """Name the task and the budget."""
+    trim = result.settings.trim
+    if trim.budget is None:
+        return f"{result.task.name}, at most {100 * trim.reward.accepted_drop:g} points accepted"
+    return f"{result.task.name}, budget {trim.budget:.1%} of the {trim.budget_unit}"
+
+
+def verdict_lines(result: "SearchResult") -> list[str]:
+    """Return one sentence per heuristic."""
+    labels = {finalist.name: finalist.label for finalist in result.finalists}
+    lines = [verdict_sentence(verdict, labels) for verdict in result.verdicts]
+    return [line[0].upper() + line[1:] for line in lines]
+
+
+def write_report(folder: Path, result: "SearchResult") -> None:
+    """Write `report.md` and its pictures into `folder`."""
+    learning_curve(result).savefig(folder / "learning_curve.png")
+    widths(result).savefig(folder / "widths.png")
+    accuracy_against_cost(result).savefig(folder / "accuracy_cost.png")
+    (folder / "report.md").write_text(markdown(result))
+
+
+def markdown(result: "SearchResult") -> str:
+    """Return the report's text."""
+    task, trim = result.task, result.settings.trim
+    rows = table_rows(result)
+    evaluations = len(result.history.rows)
+    lines = [
+        f"# {title(result)}",
+        "",
+        *markdown_table(HEADERS, rows),
+        "",
+        *verdict_lines(result),
+        "",
+        f"- *after the cut*: accuracy on {_reward_images(result):,} reward images after the last cut and its repair, before "
+        "the training that follows it.",
+        f"- *selection*: accuracy on {len(task.selection):,} selection images after all retraining.",
+        f"- *test*: accuracy on {len(task.test):,} test images, read {_times(len(task.test.readings))}, after everything else was decided.",
+        f"- Every pruned network got the same number of retraining updates (column *retraining*), on {len(task.train):,} training images.",
+        f"- The agent spent {evaluations} of {result.settings.max_evaluations} evaluations (stopped by {result.stopped_by}); "
+        f"of its best plans {len(result.candidates)} were scored again on the selection split and the best there was built.",
+        f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; seed {result.settings.seed}.",
+        "- One run has one seed: the test in the verdict covers the choice of test images, not training noise.",
+        *(f"- {finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note),
+        "",
+        "![learning curve](learning_curve.png)",
+        "",
+        "![widths](widths.png)",
+        "",
+        "![accuracy against cost](accuracy_cost.png)",
+        "",
+        "Replay: `prunegym apply <this folder>` rebuilds the network from `schedule.json` (edit it, and it builds what "
+        "you wrote). Load: `prunegym.load_pruned(<this folder>)`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table, numbers to the right."""
+    return [
+        "| " + " | ".join(headers) + " |",
+        "|" + "|".join("---" if place == 0 else "--:" for place in range(len(headers))) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def learning_curve(result: "SearchResult") -> Figure:
+    """Draw accuracy on the reward images against evaluations, the best so far and the uniform plan."""
+    figure, axes = _figure()
+    rows = result.history.finished
+    axes.plot(
+        [row.evaluation for row in rows],
+        [100 * row.accuracy for row in rows],
+        ".",
+        color="#9db7d5",
+        label="plan tried",
+        ms=4,
+    )
+    best, course = float("-inf"), []
+    accuracy = 0.0
+    for row in rows:
+        if (row.reward or 0.0) > best:
+            best, accuracy = row.reward or 0.0, row.accuracy
+        course.append(100 * accuracy)
+    axes.plot([row.evaluation for row in rows], course, color=COLOURS["agent"], label="best so far", lw=2)
+    if result.reference_accuracy == result.reference_accuracy:
+        axes.axhline(100 * result.reference_accuracy, color=COLOURS["uniform"], ls="--", label="uniform plan")
+    axes.set_xlabel("evaluations (networks cut, repaired and scored)")
+    axes.set_ylabel("accuracy on the reward images, %")
+    axes.set_title(f"Learning curve: {title(result)}", fontsize=10)
+    if course:  # failed plans of the first episodes must not flatten the picture
+        floor = min(
+            course[0],
+            100 * result.reference_accuracy if result.reference_accuracy == result.reference_accuracy else 100,
+        )
+        axes.set_ylim(bottom=max(0.0, floor - max(5.0, 1.5 * (max(course) - floor))))
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def widths(result: "SearchResult") -> Figure:
+    """Draw the share of channels that each method keeps, by group."""
+    pruned = [finalist for finalist in result.finalists if finalist.schedule]
+    names = list(result.schedule.plan.counts)
+    whole = result.original_widths
+    figure, axes = _figure(width=max(6.4, 0.6 * len(names) + 2))
+    thickness = 0.8 / max(1, len(pruned))
+    for place, finalist in enumerate(pruned):
+        assert finalist.schedule is not None
+        counts = finalist.schedule.plan.counts
+        shares = [100 * counts.get(name, whole[name]) / whole[name] for name in names]
+        offsets = [x - 0.4 + thickness * (place + 0.5) for x in range(len(names))]
+        axes.bar(offsets, shares, thickness, color=COLOURS.get(finalist.name, "#555555"), label=finalist.label)
+        if len(names) <= 6:
+            for x, share, name in zip(offsets, shares, names, strict=True):
+                axes.text(x, share + 1, str(counts.get(name, whole[name])), ha="center", fontsize=7)
+    axes.set_xticks(range(len(names)), [f"{name}\n({whole[name]})" for name in names], fontsize=8,
+                    rotation=0 if len(names) <= 8 else 60)  # fmt: skip
+    axes.set_ylabel("channels kept, %")
+    axes.set_ylim(0, 112)
+    axes.set_title(f"Widths: {title(result)}", fontsize=10)
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def accuracy_against_cost(result: "SearchResult") -> Figure:
+    """Draw test accuracy against MACs of the finished networks."""
+    figure, axes = _figure()
+    whole = result.finalists[0].cost
+    unit = result.settings.trim.budget_unit
+    for finalist in result.finalists:
+        if finalist.test is None:
+            continue
+        axes.plot(100 * finalist.cost.of(unit) / whole.of(unit), 100 * finalist.test, _marker(finalist), ms=9,
+                  color=COLOURS.get(finalist.name, "#555555"), label=f"{finalist.label}, test")  # fmt: skip
+        if finalist.after_trim is not None:
+            axes.plot(100 * finalist.cost.of(unit) / whole.of(unit), 100 * finalist.after_trim, _marker(finalist), ms=7, mfc="none",
+                      color=COLOURS.get(finalist.name, "#555555"))  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{unit} kept, % of the original")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(
+        f"Filled: test, after retraining. Hollow: reward images, after the last cut.\n{title(result)}", fontsize=9
+    )
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 4.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _marker(finalist: Finalist) -> str:
+    return {"original": "s", "agent": "o", "uniform": "D"}.get(finalist.name, "^")
+
+
+def _reward_images(result: "SearchResult") -> int:
+    return result.settings.trim.repair.reward_images or len(result.task.reward)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

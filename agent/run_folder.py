@@ -1,0 +1,182 @@
+"""A run's folder: config, command, versions and seeds beside every result."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from ..pruning.artifact import save_pruned, write_atomically
+from ..pruning.errors import UserError
+from ..pruning.schedule import Built, Schedule
+from ..pruning.task import PruningTask
+from .history import History
+from .report import write_report
+
+if TYPE_CHECKING:
+    from .search import SearchResult
+
+PACKAGES = (
+    "prunegym", "torch", "torchvision", "torch-pruning", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy",
+    "scipy", "scikit-learn", "safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps its files.
+
+    Attributes:
+        path: The folder; it exists.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path) -> "RunFolder":
+        """Make a new, empty run folder.
+
+        Raises:
+            UserError: The folder holds files already, or cannot be made.
+        """
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise UserError(f"a run needs an empty folder, but {folder} holds files; choose another --output")
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+        return cls(folder)
+
+    @classmethod
+    def next_free(cls, name: str, root: str | Path = "runs") -> "RunFolder":
+        """Make `root/name-1`, or the first number that is free."""
+        number = 1
+        while (folder := Path(root) / f"{name}-{number}").exists():
+            number += 1
+        return cls.create(folder)
+
+    @classmethod
+    def existing(cls, path: str | Path) -> "RunFolder":
+        """Open a finished run.
+
+        Raises:
+            UserError: No `schedule.json` or `config.yaml` there.
+        """
+        folder = Path(path)
+        for name in ("schedule.json", "config.yaml"):
+            if not (folder / name).is_file():
+                raise UserError(f"a run folder holds {name}, but {folder} has none")
+        return cls(folder)
+
+    def write_start(self, config: str, command: Sequence[str], seeds: Mapping[str, int]) -> None:
+        """Write what decides the run: resolved config (YAML), command, versions, seeds."""
+        self._write("config.yaml", config)
+        self._write("command.txt", shlex.join(command) + "\n")
+        self._write("versions.json", json.dumps(versions(), indent=1) + "\n")
+        self._write("seeds.json", json.dumps(dict(seeds), indent=1) + "\n")
+
+    def write_schedule(self, schedule: Schedule) -> None:
+        """Write `schedule.json`."""
+        schedule.save(self.path / "schedule.json")
+
+    def write_policy(self, policy: BaseAlgorithm) -> None:
+        """Write `policy.zip`, in Stable-Baselines3's own format."""
+        policy.save(self.path / "policy.zip")
+
+    def write_result(self, result: "SearchResult") -> None:
+        """Write everything that a finished search gives."""
+        self.write_schedule(result.schedule)
+        if not (self.path / "policy.zip").exists():
+            self.write_policy(result.policy)
+        if not (self.path / "history.csv").exists():
+            history = History(self.path / "history.csv")
+            for row in result.history.rows:
+                history.add(row)
+        if not (self.path / "versions.json").exists():
+            settings = {"task": dict(result.task.source), "search": dataclasses.asdict(result.settings)}
+            self.write_start(
+                yaml.safe_dump(json.loads(json.dumps(settings, default=list)), sort_keys=False),
+                [sys.executable, *sys.argv],
+                {"seed": result.settings.seed},
+            )
+        save_pruned(
+            self.path,
+            result.network,
+            result.plan,
+            example_shape=tuple(result.task.example.shape),
+            source=result.task.source,
+        )
+        self._write("results.json", json.dumps(results(result), indent=1) + "\n")
+        write_report(self.path, result)
+
+    def write_built(self, task: PruningTask, built: Built) -> None:
+        """Write a network that was built from a schedule."""
+        self.write_schedule(built.schedule)
+        save_pruned(
+            self.path,
+            built.network,
+            built.schedule.plan,
+            example_shape=tuple(task.example.shape),
+            source=task.source,
+        )
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, text.encode())
+
+
+def results(result: "SearchResult") -> dict[str, Any]:
+    """Return the figures of a search as plain data."""
+    whole = result.finalists[0].cost
+    trim = result.settings.trim
+    return {
+        "task": result.task.name,
+        "budget": trim.budget,
+        "budget_unit": trim.budget_unit,
+        "seed": result.settings.seed,
+        "evaluations": len(result.history.rows),
+        "max_evaluations": result.settings.max_evaluations,
+        "stopped_by": result.stopped_by,
+        "uniform_accuracy_in_search": _finite(result.reference_accuracy),
+        "candidates": [
+            {"evaluation": row.evaluation, "reward": row.reward, "accuracy_reward_split": row.accuracy,
+             "accuracy_selection_split": score.accuracy}
+            for row, score in result.candidates
+        ],
+        "examples": {
+            "train": len(result.task.train),
+            "reward": len(result.task.reward),
+            "selection": len(result.task.selection),
+            "test": len(result.task.test),
+        },
+        "test_split_readings": list(result.task.test.readings),
+        "finalists": [finalist.to_dict(whole) for finalist in result.finalists],
+        "verdicts": [dataclasses.asdict(verdict) for verdict in result.verdicts],
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result, and the machine's threads."""
+    found = {"python": platform.python_version(), "platform": platform.system() + " " + platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["threads"] = str(torch.get_num_threads())
+    found["cpus"] = str(os.cpu_count())
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return None if value != value else value

@@ -1,0 +1,310 @@
+"""The one public verb: a task in, the best plan out, with the policy, the history and an honest comparison."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from ..envs.trim import TrimEnv, TrimSettings
+from ..pruning.errors import UserError
+from ..pruning.evaluation import Score
+from ..pruning.heuristics import network_trimming, uniform
+from ..pruning.plan import PruningPlan
+from ..pruning.retraining import RetrainSettings
+from ..pruning.schedule import Built, Round, Schedule, build
+from ..pruning.task import PruningTask
+from ..pruning.trimmer import Trimmer
+from .finalists import Finalist, Verdict, compare_pair, read_test_split
+from .history import Evaluation, History, SearchCallback
+from .learner import make_environments, make_learner, noise_setter
+from .progress import Progress
+from .run_folder import RunFolder
+from .settings import SearchSettings
+
+DEFAULT_RETRAIN_UPDATES = 300
+
+
+@dataclass(eq=False)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        schedule: The best schedule, with the final retraining.
+        network: Built from it on the pristine weights, retrained.
+        policy: The Stable-Baselines3 algorithm, trained.
+        history: Every evaluation.
+        finalists: The networks of the final comparison, the agent's last.
+        verdicts: The agent against each heuristic.
+        candidates: The best evaluations of the search, scored on the selection split.
+        stopped_by: "max_evaluations", "max_minutes" or "interrupt".
+        task: What was pruned.
+        settings: As resolved.
+        reference_accuracy: Of the uniform plan on the reward images inside the search, or nan.
+        original_widths: Channels of the original network, by group.
+    """
+
+    schedule: Schedule
+    network: nn.Module
+    policy: BaseAlgorithm
+    history: History
+    finalists: list[Finalist]
+    verdicts: list[Verdict]
+    candidates: list[tuple[Evaluation, Score]]
+    stopped_by: str
+    task: PruningTask
+    settings: SearchSettings
+    reference_accuracy: float
+    original_widths: dict[str, int]
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What stays of the original network."""
+        return self.schedule.plan
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a run folder: schedule, weights without pickle, policy, history, results, report with pictures."""
+        run = RunFolder.create(folder)
+        run.write_result(self)
+        return run.path
+
+
+def search(
+    task: PruningTask,
+    budget: float | None = None,
+    max_evaluations: int | None = None,
+    *,
+    budget_unit: str | None = None,
+    retrain_updates: int | None = None,
+    settings: SearchSettings | None = None,
+    seed: int | None = None,
+    run_folder: RunFolder | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Learn a pruning schedule for a task, build the network, and compare it with the heuristics.
+
+    Args:
+        task: Network and data.
+        budget: Share of the cost to keep, in (0, 1]; the settings' by default.
+        max_evaluations: Scored networks that the agent may spend.
+        budget_unit: "macs" or "params".
+        retrain_updates: Training updates of each finished network (300 when no settings are given).
+        settings: Everything else.
+        seed: Root of all random numbers of the search.
+        run_folder: Where records are written as they come; nothing is written by default.
+        progress: Live display; silent by default.
+
+    Returns:
+        The result; `result.save(folder)` writes it.
+
+    Raises:
+        UserError: The request cannot be met, e.g. the budget is below what one channel per group costs.
+    """
+    settings = _resolve(settings, budget, max_evaluations, budget_unit, retrain_updates, seed)
+    progress = progress or Progress()
+    trimmer = Trimmer(task, settings.trim.repair)
+    history = History(run_folder.path / "history.csv" if run_folder else None)
+    environment = TrimEnv(task, settings.trim, trimmer=trimmer)  # refuses impossible settings before any work
+    policy, stopped_by = _learn(task, settings, trimmer, environment, history, run_folder, progress)
+    schedule, candidates = _choose(trimmer, settings, history, progress)
+    if run_folder:
+        run_folder.write_schedule(schedule)
+        run_folder.write_policy(policy)
+    agent = _build(trimmer, schedule, "agent", "agent (learned)", progress)
+    finalists = [_original(trimmer)]
+    if settings.compare:
+        finalists += _heuristics(trimmer, settings, agent, progress)
+    finalists.append(agent)
+    read_test_split(trimmer, finalists)
+    verdicts = [compare_pair(agent, other) for other in finalists[1:-1]]
+    needs = settings.trim.budget is not None and settings.trim.reward.objective == "budget"
+    result = SearchResult(
+        schedule=schedule,
+        network=agent.network,
+        policy=policy,
+        history=history,
+        finalists=finalists,
+        verdicts=verdicts,
+        candidates=candidates,
+        stopped_by=stopped_by,
+        task=task,
+        settings=settings,
+        reference_accuracy=environment.reference_accuracy(settings.trim.budget) if needs else math.nan,
+        original_widths={group.name: group.width for group in trimmer.groups},
+    )
+    if run_folder:
+        run_folder.write_result(result)
+    return result
+
+
+def derive_seed(root: int, purpose: str) -> int:
+    """Return the seed of one purpose; different purposes never share random numbers."""
+    digest = int.from_bytes(purpose.encode()[:8].ljust(8, b"\0"), "little")
+    return int(np.random.SeedSequence([root, digest]).generate_state(1)[0] % 2**31)
+
+
+def _resolve(
+    settings: SearchSettings | None,
+    budget: float | None,
+    max_evaluations: int | None,
+    budget_unit: str | None,
+    retrain_updates: int | None,
+    seed: int | None,
+) -> SearchSettings:
+    if settings is None:
+        default = RetrainSettings(updates=DEFAULT_RETRAIN_UPDATES)
+        settings = SearchSettings(trim=TrimSettings(retraining=default))
+    seed = settings.seed if seed is None else seed
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed must be a whole number from 0, but got {seed!r}")
+    trim = settings.trim
+    updates = trim.retraining.updates if retrain_updates is None else retrain_updates
+    trim = replace(
+        trim,
+        budget=trim.budget if budget is None else budget,
+        budget_unit=budget_unit or trim.budget_unit,
+        repair=replace(trim.repair, seed=derive_seed(seed, "repair")),
+        retraining=replace(trim.retraining, updates=updates),
+    )
+    return replace(settings, trim=trim, seed=seed, max_evaluations=max_evaluations or settings.max_evaluations)
+
+
+def _learn(
+    task: PruningTask,
+    settings: SearchSettings,
+    trimmer: Trimmer,
+    environment: TrimEnv,
+    history: History,
+    run_folder: RunFolder | None,
+    progress: Progress,
+) -> tuple[BaseAlgorithm, str]:
+    """Train the policy within the limits, then let it act once without noise."""
+    trim, seed = settings.trim, derive_seed(settings.seed, "learner")
+    groups = len(trimmer.groups)
+    own = trim.rounds if settings.max_evaluations > 2 * trim.rounds else 0  # kept for the policy without noise
+    allowed = settings.max_evaluations - own
+    workers = make_environments(task, trim, trimmer, workers=settings.learner.workers, seed=seed)
+    interrupted = False
+    try:
+        learner = make_learner(
+            settings.learner,
+            workers,
+            steps_per_episode=groups * trim.rounds,
+            seed=seed,
+            log_folder=run_folder.path / "tensorboard" if run_folder else None,
+        )
+        with progress.evaluations("search", settings.max_evaluations) as show:
+            callback = SearchCallback(
+                history,
+                max_evaluations=allowed,
+                max_seconds=60 * settings.max_minutes,
+                set_noise=noise_setter(learner, settings.learner),
+                report=show,
+            )
+            try:
+                learner.learn(allowed * groups, callback=callback, tb_log_name="learner")
+                if own and callback.stopped_by != "max_minutes":
+                    callback.record_alone(*_play(learner, environment))
+                    show(history)
+            except KeyboardInterrupt:
+                interrupted = True
+    finally:
+        workers.close()
+    if interrupted:
+        progress.say("interrupted: the best plan so far is built (interrupt again to stop at once)")
+    return learner, "interrupt" if interrupted else callback.stopped_by or "max_evaluations"
+
+
+def _play(learner: BaseAlgorithm, environment: TrimEnv) -> tuple[list[dict[str, Any]], float]:
+    """Play one episode without noise; returns the infos of its scored steps and its reward."""
+    observation, _ = environment.reset()
+    state: Any = None
+    start = np.ones(1, dtype=bool)
+    infos, reward, done = [], 0.0, False
+    while not done:
+        action, state = learner.predict(observation, state, start, deterministic=True)  # type: ignore[arg-type]
+        observation, reward, done, _, info = environment.step(action)
+        start = np.zeros(1, dtype=bool)
+        if "accuracy" in info:
+            infos.append(info)
+    return infos, reward
+
+
+def _choose(
+    trimmer: Trimmer, settings: SearchSettings, history: History, progress: Progress
+) -> tuple[Schedule, list[tuple[Evaluation, Score]]]:
+    """Score the best distinct schedules again, on the selection split, and take the best there."""
+    trim = settings.trim
+    scored = []
+    for row in history.ranked()[: settings.candidates]:
+        schedule = _schedule(trimmer, trim, [PruningPlan.from_dict(plan) for plan in row.plans], final=False)
+        built = build(trimmer, schedule, verify=False)
+        scored.append((row, trimmer.score_selection(built.network)))
+    if not scored:
+        if trim.budget is None:
+            raise UserError("the search ended before its first plan was scored; allow more evaluations or minutes")
+        progress.say("no plan was scored before the search ended: the uniform plan is built instead")
+        start = uniform(
+            trimmer, budget=trim.budget, unit=trim.budget_unit, retraining=trim.retraining, seed=trim.repair.seed
+        )
+        return replace(start, made_by="agent"), []
+    best, _ = max(scored, key=lambda pair: (pair[1].accuracy, -pair[1].loss))
+    return _schedule(trimmer, trim, [PruningPlan.from_dict(plan) for plan in best.plans], final=True), scored
+
+
+def _schedule(trimmer: Trimmer, trim: TrimSettings, plans: list[PruningPlan], *, final: bool) -> Schedule:
+    updates = [trim.retrain_updates] * len(plans)
+    if final:
+        updates[-1] += trim.retraining.updates
+    return Schedule(
+        rounds=tuple(Round(plan, count) for plan, count in zip(plans, updates, strict=True)),
+        repair=trimmer.settings,
+        retraining=replace(trim.retraining, updates=0),
+        seed=trim.repair.seed,
+        made_by="agent",
+    )
+
+
+def _original(trimmer: Trimmer) -> Finalist:
+    network = trimmer.task.network
+    selection = trimmer.score_selection(network)
+    return Finalist("original", "original", network, trimmer.cost_model.full, None, (), selection)
+
+
+def _build(trimmer: Trimmer, schedule: Schedule, name: str, label: str, progress: Progress) -> Finalist:
+    with progress.updates(label, max(1, schedule.retrain_updates)) as show:
+        built = build(trimmer, schedule, progress=show)
+    return _finalist(trimmer, built, name, label)
+
+
+def _finalist(trimmer: Trimmer, built: Built, name: str, label: str, note: str = "") -> Finalist:
+    selection = trimmer.score_selection(built.network)
+    return Finalist(name, label, built.network, built.cost, built.schedule, built.rounds, selection, note=note)
+
+
+def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, progress: Progress) -> list[Finalist]:
+    """Run the heuristics to the agent's budget with the agent's number of retraining updates."""
+    trim = settings.trim
+    assert agent.schedule is not None
+    unit = trim.budget_unit
+    budget = trim.budget or agent.cost.of(unit) / trimmer.cost_model.full.of(unit)
+    retraining = replace(trim.retraining, updates=agent.schedule.retrain_updates)
+    common: dict[str, Any] = {"budget": budget, "unit": unit, "retraining": retraining, "seed": trim.repair.seed}
+    result = [_build(trimmer, uniform(trimmer, **common), "uniform", "uniform", progress)]
+    if not any(group.rectified for group in trimmer.groups):
+        progress.say("Network Trimming is left out: no ReLU follows any channel group")
+        return result
+    variants = [("network_trimming", "Network Trimming (APoZ)", settings.trimming)]
+    if trim.repair.compensation != settings.trimming.compensation:
+        repaired = replace(settings.trimming, compensation=trim.repair.compensation)
+        variants.append(("network_trimming_repaired", f"Network Trimming + {trim.repair.compensation}", repaired))
+    for name, label, chosen in variants:
+        with progress.updates(label, max(1, retraining.updates)) as show:
+            made = network_trimming(trimmer, settings=chosen, progress=show, **common)
+        note = "the APoZ threshold gave way in the last round to meet the budget" if made.forced else ""
+        built = Built(made.network, made.schedule, made.rounds)
+        result.append(_finalist(trimmer, built, name, label, note))
+    return result

@@ -1,0 +1,108 @@
+"""Settings of a search, one dataclass per concern; the YAML files and the command line mirror them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..envs.trim import TrimSettings
+from ..pruning.errors import UserError
+from ..pruning.heuristics import NetworkTrimmingSettings
+from ..pruning.prepare import TaskSettings
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """How the agent learns.
+
+    Attributes:
+        algorithm: PPO, A2C or another Stable-Baselines3 / sb3-contrib algorithm for continuous actions, by name.
+        workers: Environments; more than one run in processes of their own.
+        episodes_per_update: Episodes that each worker plays between two updates (on-policy algorithms).
+        learning_rate: At the start; it falls linearly to a tenth.
+        noise_start: Log standard deviation of the actions at the start.
+        noise_end: The same when all evaluations are spent; it falls linearly (Gaussian policies).
+        hidden: Units of each hidden layer of policy and value function.
+        arguments: Further keyword arguments of the algorithm's constructor.
+    """
+
+    algorithm: str = "PPO"
+    workers: int = 1
+    episodes_per_update: int = 8
+    learning_rate: float = 2e-3
+    noise_start: float = -0.7
+    noise_end: float = -2.5
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        if self.workers < 1 or self.episodes_per_update < 1:
+            raise UserError(
+                f"workers and episodes_per_update must be at least 1, but got {self.workers} and "
+                f"{self.episodes_per_update}"
+            )
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate must be positive, but got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a search proceeds.
+
+    Attributes:
+        trim: Budget, action, repair, reward and retraining.
+        learner: The agent.
+        trimming: The APoZ heuristic that the agent is compared with.
+        max_evaluations: Scored networks that the agent may spend (the final comparison is not counted).
+        max_minutes: Wall-clock limit of the learning phase; 0 = none. The best plan so far is then used.
+        candidates: Best plans of the search that are scored again, on the selection split; the best there wins.
+        compare: Whether the heuristics are run to the same budget with the same number of retraining updates.
+        seed: Root of all random numbers.
+    """
+
+    trim: TrimSettings = field(default_factory=TrimSettings)
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+    trimming: NetworkTrimmingSettings = field(default_factory=NetworkTrimmingSettings)
+    max_evaluations: int = 300
+    max_minutes: float = 0.0
+    candidates: int = 5
+    compare: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        if self.max_evaluations < 1 or self.candidates < 1 or self.max_minutes < 0:
+            raise UserError(
+                "max_evaluations and candidates must be at least 1 and max_minutes at least 0, but got "
+                f"{self.max_evaluations}, {self.candidates} and {self.max_minutes}"
+            )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything `prunegym search` needs.
+
+    Attributes:
+        task: Network and data.
+        search: The search.
+        data_root: Folder that holds the data; replaces `task.data_root`.
+        budget: Share of the cost to keep, in (0, 1]; replaces `search.trim.budget`.
+        max_evaluations: Replaces `search.max_evaluations`.
+        max_minutes: Replaces `search.max_minutes`.
+        seed: Root seed; replaces `search.seed`.
+        device: "auto", "cpu" or "cuda".
+        threads: Threads that PyTorch may use; 0 = its own choice.
+        output: Run folder; None = `runs/<name>-<number>`.
+        name: Name of the run.
+    """
+
+    task: TaskSettings = field(default_factory=TaskSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    data_root: str | None = None
+    budget: float | None = None
+    max_evaluations: int | None = None
+    max_minutes: float | None = None
+    seed: int | None = None
+    device: str = "auto"
+    threads: int = 0
+    output: str | None = None
+    name: str = "search"

@@ -1,0 +1,318 @@
+"""Repair without training: against numpy's least squares, exact cases, and a contract for every method."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import prunegym.pruning.least_squares
+import prunegym.pruning.statistics
+import pytest
+import torch
+import torch.nn.functional as F
+from prunegym.pruning.compensation import COMPENSATIONS, compensate, get_compensation, recalibrate
+from prunegym.pruning.errors import UserError
+from prunegym.pruning.groups import find_groups
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.statistics import measure
+from prunegym.pruning.surgery import apply_plan
+from torch import Tensor, nn
+
+from .toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make, random_plan
+
+DOUBLE = torch.float64
+
+
+def repaired(network: Any, plan: Any, method: str, x: Tensor) -> Any:
+    groups = find_groups(network, x[:1])
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    statistics = measure(network, groups, zip(x.split(16), labels.split(16), strict=True))
+    smaller = apply_plan(network, groups, PruningPlan(plan))
+    compensate(smaller, network, groups, PruningPlan(plan), statistics, method)
+    return smaller
+
+
+def without_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prunegym.pruning.least_squares, "RELATIVE_RIDGE", 1e-12)
+
+
+def affine_fit(kept: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Regress target on kept inputs and a constant; return slope (K, out) and intercept (out,)."""
+    solution = np.linalg.lstsq(np.hstack([kept, np.ones((len(kept), 1))]), target, rcond=None)[0]
+    return solution[:-1], solution[-1]
+
+
+def test_linear_layer_is_the_best_fit_of_its_own_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    network = make(ToyMLP, 3, DOUBLE)
+    x = images((5,), 64, dtype=DOUBLE)
+    smaller = repaired(network, {"fc1": [0, 2, 3, 5]}, "least_squares", x)
+    read = F.relu(network.fc1(x)).detach()
+    slope, intercept = affine_fit(read[:, [0, 2, 3, 5]].numpy(), network.fc2(read).detach().numpy())
+    fitted = read[:, [0, 2, 3, 5]].numpy() @ slope + intercept
+    np.testing.assert_allclose(smaller.fc2(read[:, [0, 2, 3, 5]]).detach().numpy(), fitted, atol=1e-7)
+    assert np.abs(fitted - network.fc2(read).detach().numpy()).max() > 1e-3  # the fit is not perfect
+
+
+def test_linear_layer_behind_a_flatten(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    network = make(ToyConv, 0, DOUBLE)
+    x = images(network.shape, 160, dtype=DOUBLE)
+    smaller = repaired(network, {"conv2": [0, 1, 3, 4]}, "least_squares", x)
+    maps = F.relu(network.conv2(F.max_pool2d(F.relu(network.conv1(x)), 2))).detach()
+    read, kept = maps.flatten(1), maps[:, [0, 1, 3, 4]].flatten(1)
+    slope, intercept = affine_fit(kept.numpy(), network.fc1(read).detach().numpy())
+    np.testing.assert_allclose(smaller.fc1(kept).detach().numpy(), kept.numpy() @ slope + intercept, atol=1e-6)
+
+
+def channel_fit(maps: Tensor, kept: list[int], gone: list[int], constant: bool = True) -> tuple[Any, Any]:
+    """Regress removed channels on kept ones over all positions, one number per channel."""
+    rows = np.moveaxis(maps.numpy(), 1, -1).reshape(-1, maps.shape[1])
+    if constant:
+        return affine_fit(rows[:, kept], rows[:, gone])
+    return np.linalg.lstsq(rows[:, kept], rows[:, gone], rcond=None)[0], np.zeros(len(gone))
+
+
+def test_convolution_reads_the_fitted_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    network = make(ToyConv, 1, DOUBLE)
+    x = images(network.shape, 32, dtype=DOUBLE)
+    smaller = repaired(network, {"conv1": [1, 3]}, "least_squares", x)
+    maps = F.max_pool2d(F.relu(network.conv1(x)), 2).detach()
+    slope, intercept = channel_fit(maps, [1, 3], [0, 2])
+    stand_in = maps.clone()
+    stand_in[:, [0, 2]] = torch.einsum("nkhw,ks->nshw", maps[:, [1, 3]], torch.from_numpy(slope))
+    stand_in[:, [0, 2]] += torch.from_numpy(intercept)[:, None, None]
+    torch.testing.assert_close(smaller.conv2(maps[:, [1, 3]]), network.conv2(stand_in), atol=1e-8, rtol=1e-8)
+
+
+def test_batch_norm_takes_the_constant_of_a_layer_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    network = make(ToyResidual, 2, DOUBLE)
+    network.conv2.padding = (0, 0)  # padding would see zeros instead of the constant at the border
+    network.conv1.padding = (2, 2)
+    x = images(network.shape, 32, dtype=DOUBLE)
+    smaller = repaired(network, {"conv1": [0, 2, 3]}, "least_squares", x)
+    maps = F.relu(network.bn1(network.conv1(F.relu(network.stem_bn(network.stem(x)))))).detach()
+    slope, intercept = channel_fit(maps, [0, 2, 3], [1, 4])
+    stand_in = maps.clone()
+    stand_in[:, [1, 4]] = torch.einsum("nkhw,ks->nshw", maps[:, [0, 2, 3]], torch.from_numpy(slope))
+    stand_in[:, [1, 4]] += torch.from_numpy(intercept)[:, None, None]
+    expected = network.bn2(network.conv2(stand_in))
+    torch.testing.assert_close(smaller.bn2(smaller.conv2(maps[:, [0, 2, 3]])), expected, atol=1e-8, rtol=1e-8)
+    assert smaller.conv2.bias is None
+    assert not torch.equal(smaller.bn2.running_mean, network.bn2.running_mean)
+    assert torch.equal(smaller.bn2.running_var, network.bn2.running_var)
+
+
+def test_layer_that_cannot_hold_a_constant_gets_the_best_fit_through_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    network = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3, bias=False)).double()
+    x = images((5,), 64, dtype=DOUBLE)
+    smaller = repaired(network, {"0": [0, 3]}, "least_squares", x)
+    read = network[1](network[0](x)).detach()
+    slope = np.linalg.lstsq(read[:, [0, 3]].numpy(), network[2](read).detach().numpy(), rcond=None)[0]
+    np.testing.assert_allclose(smaller[2].weight.detach().numpy().T, slope, atol=1e-8)
+
+
+def test_wide_flatten_mixes_channels_not_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    monkeypatch.setattr(prunegym.pruning.statistics, "GRAM_LIMIT", 10)
+    network = make(ToyConv, 0, DOUBLE)
+    x = images(network.shape, 40, dtype=DOUBLE)
+    smaller = repaired(network, {"conv2": [0, 2, 5]}, "least_squares", x)
+    maps = F.relu(network.conv2(F.max_pool2d(F.relu(network.conv1(x)), 2))).detach()
+    slope, intercept = channel_fit(maps, [0, 2, 5], [1, 3, 4])
+    stand_in = maps.clone()
+    stand_in[:, [1, 3, 4]] = torch.einsum("nkhw,ks->nshw", maps[:, [0, 2, 5]], torch.from_numpy(slope))
+    stand_in[:, [1, 3, 4]] += torch.from_numpy(intercept)[:, None, None]
+    expected = network.fc1(stand_in.flatten(1))
+    torch.testing.assert_close(smaller.fc1(maps[:, [0, 2, 5]].flatten(1)), expected, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", COMPENSATIONS)
+@pytest.mark.parametrize("toy", TOYS)
+class TestEveryMethod:
+    def test_keeping_everything_changes_nothing(self, toy: Callable[[], Any], method: str) -> None:
+        network = make(toy)
+        smaller = repaired(network, {}, method, images(network.shape, 32))
+        for key, value in network.state_dict().items():
+            assert torch.equal(smaller.state_dict()[key], value), key
+
+    def test_original_is_untouched_and_shapes_fit(self, toy: Callable[[], Any], method: str) -> None:
+        network = make(toy)
+        before = copy.deepcopy(network.state_dict())
+        x = images(network.shape, 32)
+        plan = random_plan(find_groups(network, x[:1]), 1)
+        smaller = repaired(network, plan, method, x)
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+        assert smaller(x).shape == (32, 3)
+        assert torch.isfinite(smaller(x)).all()
+        changed = any(
+            not torch.equal(a, b)
+            for a, b in zip(
+                smaller.state_dict().values(),
+                apply_plan(network, find_groups(network, x), plan).state_dict().values(),
+                strict=True,
+            )
+        )
+        assert changed == (method != "delete")
+
+    def test_dead_channels_leave_without_a_trace(self, toy: Callable[[], Any], method: str) -> None:
+        network = make(toy, dtype=DOUBLE)
+        silence(network, value=0.0)
+        x = images(network.shape, 64, dtype=DOUBLE)
+        smaller = repaired(network, {LONE[toy]: [0, 1, 3]}, method, x)
+        torch.testing.assert_close(smaller(x), network(x), rtol=1e-9, atol=1e-9)
+
+
+LONE: dict[Any, str] = {ToyConv: "conv1", ToyMLP: "fc2", ToyResidual: "conv1"}
+"""A group of each toy whose channels from 0 to 3 (ToyResidual: and 4) are easy to silence."""
+
+
+def silence(network: Any, value: float) -> None:
+    """Make channel 2 (ToyResidual: and 4) of the toy's lone group constant."""
+    with torch.no_grad():
+        if isinstance(network, ToyResidual):
+            network.bn1.weight[[2, 4]] = 0.0
+            network.bn1.bias[[2, 4]] = value
+        else:
+            layer: Any = network.conv1 if isinstance(network, ToyConv) else network.fc2
+            layer.weight[2] = 0.0
+            layer.bias[2] = value
+
+
+@pytest.mark.parametrize("method", ["fold_mean", "least_squares"])
+@pytest.mark.parametrize("toy", TOYS)
+def test_constant_channels_leave_without_a_trace(toy: Callable[[], Any], method: str) -> None:
+    network = make(toy, dtype=DOUBLE)
+    silence(network, value=0.7)
+    if isinstance(network, ToyResidual):
+        network.conv1.padding, network.conv2.padding = (2, 2), (0, 0)
+    x = images(network.shape, 64, dtype=DOUBLE)
+    smaller = repaired(network, {LONE[toy]: [0, 1, 3]}, method, x)
+    torch.testing.assert_close(smaller(x), network(x), rtol=1e-9, atol=1e-9)
+    deleted = repaired(network, {LONE[toy]: [0, 1, 3]}, "delete", x)
+    assert float((deleted(x) - network(x)).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_least_squares_merges_a_duplicate(toy: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make(toy, 4, DOUBLE)
+    layers: list[Any] = {
+        ToyConv: lambda: [network.conv1],
+        ToyMLP: lambda: [network.fc1],
+        ToyResidual: lambda: [network.conv1, network.bn1],
+    }[toy]()
+    with torch.no_grad():
+        for layer in layers:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                if tensor.dim():
+                    tensor[2] = tensor[0]
+    group = "fc1" if toy is ToyMLP else "conv1"
+    plan = {group: [channel for channel in range(network.widths[group]) if channel != 2]}
+    x = images(network.shape, 64, dtype=DOUBLE)
+    expected = network(x)
+    deleted = (repaired(network, plan, "delete", x)(x) - expected).abs().max().item()
+    close = (repaired(network, plan, "least_squares", x)(x) - expected).abs().max().item()
+    assert deleted > 1e-3
+    assert close < 0.05 * deleted  # the ridge keeps it from being exact
+    without_ridge(monkeypatch)
+    assert (repaired(network, plan, "least_squares", x)(x) - expected).abs().max().item() < 1e-7 * max(1, deleted)
+
+
+def linear_error(network: Any, plan: dict[str, list[int]], method: str, x: Tensor, reader: str) -> float:
+    """Mean squared change of one linear reader's output when only its own input was cut."""
+    outputs = []
+    for net in (network, repaired(network, plan, method, x)):
+        handle = net.get_submodule(reader).register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
+        net(x)
+        handle.remove()
+    return float((outputs[0] - outputs[1]).square().mean())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("toy", "group", "reader"),
+    [(ToyMLP, "fc1", "fc2"), (ToyMLP, "fc2", "fc3"), (ToyConv, "conv2", "fc1"), (ToyConv, "fc1", "fc2")],
+)
+def test_better_methods_lose_less_on_the_calibration_data(
+    toy: Callable[[], Any], group: str, reader: str, seed: int
+) -> None:
+    network = make(toy, seed, DOUBLE)
+    x = images(network.shape, 96, seed, DOUBLE)
+    rng = np.random.default_rng(seed)
+    plan = {group: sorted(rng.permutation(network.widths[group])[: network.widths[group] // 2].tolist())}
+    delete, fold, least = (
+        linear_error(network, plan, method, x, reader) for method in ("delete", "fold_mean", "least_squares")
+    )
+    assert least <= fold * (1 + 1e-9)
+    assert fold <= delete * (1 + 1e-9)
+    assert delete > 0
+
+
+@pytest.mark.parametrize("method", ["fold_mean", "least_squares"])
+def test_second_moments_must_have_been_measured(method: str) -> None:
+    network = make(ToyMLP)
+    batches = labelled(network)
+    groups = find_groups(network, batches[0][0])
+    plan = PruningPlan({"fc1": [0]})
+    smaller = apply_plan(network, groups, plan)
+    statistics = measure(network, groups, batches, grams=False)
+    with pytest.raises(UserError, match=rf"'{method}' needs second moments; call measure\(..., grams=True\)"):
+        compensate(smaller, network, groups, plan, statistics, method)
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"but got 'leastsquares'; did you mean 'least_squares'\?"):
+        get_compensation("leastsquares")
+
+
+def test_recalibrate_is_the_average_of_batch_moments() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
+    network = network.double().eval()
+    batches = list(images((2, 4, 4), 48, dtype=DOUBLE).split(16))
+    means, variances, later = [], [], []
+    for batch in batches:
+        maps = network[0](batch).detach()  # (16, 3, 2, 2)
+        means.append(maps.mean((0, 2, 3)))
+        variances.append(maps.var((0, 2, 3), unbiased=True))
+        normal = (maps - means[-1][:, None, None]) / (maps.var((0, 2, 3), unbiased=False)[:, None, None] + 1e-5).sqrt()
+        later.append(network[3](normal.flatten(1)).detach().mean(0))  # the layers behind see the batch normalised
+    assert recalibrate(network, batches) == 2
+    torch.testing.assert_close(network[1].running_mean, torch.stack(means).mean(0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(network[1].running_var, torch.stack(variances).mean(0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(network[4].running_mean, torch.stack(later).mean(0), rtol=1e-10, atol=1e-12)
+
+
+def test_recalibrate_changes_statistics_only() -> None:
+    network = make(ToyResidual).train()
+    network.bn1.eval()
+    network.bn2.momentum = 0.3
+    before = copy.deepcopy(network.state_dict())
+    flags = [module.training for module in network.modules()]
+    assert recalibrate(network, labelled(network, 40, 20)) == 4
+    assert [module.training for module in network.modules()] == flags
+    assert [n.momentum for n in (network.stem_bn, network.bn1, network.bn2, network.down_bn)] == [0.1, 0.1, 0.3, 0.1]
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]) == ("running" not in key and "tracked" not in key), key
+
+
+@pytest.mark.parametrize("count", [0, 1, 31])
+def test_recalibrate_refuses_few_examples_and_leaves_the_network(count: int) -> None:
+    network = make(ToyResidual).train()
+    before = copy.deepcopy(network.state_dict())
+    batches = [images(network.shape, count)] if count else []
+    with pytest.raises(UserError, match=f"at least 32 examples to be recalibrated, but got {count}; give more"):
+        recalibrate(network, batches)
+    assert network.training
+    assert network.bn1.momentum == 0.1
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_recalibrate_without_batch_norm_reads_no_data() -> None:
+    def never() -> Any:
+        raise AssertionError("no data should be read")
+        yield
+
+    assert recalibrate(make(ToyConv), never()) == 0

@@ -1,0 +1,241 @@
+"""Costs against hand counts, and budgets that hold by construction."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prunegym.pruning.budget import solve_counts
+from prunegym.pruning.cost import CostModel, count_cost
+from prunegym.pruning.errors import UserError
+from prunegym.pruning.groups import find_groups
+from prunegym.pruning.networks import build_network
+from prunegym.pruning.surgery import apply_plan
+from torch import nn
+
+from .toys import TOYS, ToyConv, ToyMLP, images, make, random_plan
+
+
+def model_of(network: nn.Module, shape: tuple[int, ...]) -> tuple[CostModel, Any]:
+    example = images(shape, 1)
+    groups = find_groups(network, example)
+    return CostModel(network, groups, example), groups
+
+
+@pytest.fixture(scope="module")
+def lenet() -> tuple[CostModel, Any]:
+    return model_of(build_network("lenet5_caffe", seed=0), (1, 28, 28))
+
+
+@pytest.fixture(scope="module")
+def resnet() -> tuple[CostModel, Any]:
+    return model_of(build_network("cifar_resnet20", seed=0), (3, 32, 32))
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_toys_cost_what_they_say(toy: Callable[[], Any]) -> None:
+    network = make(toy)
+    cost = count_cost(network, images(network.shape, 5))  # only one of the five examples counts
+    assert (cost.params, cost.macs) == (network.params, network.macs)
+
+
+def test_lenet_by_hand() -> None:
+    params = 20 * 25 + 20 + 50 * 20 * 25 + 50 + 500 * 800 + 500 + 10 * 500 + 10
+    macs = 24 * 24 * 20 * 25 + 8 * 8 * 50 * 20 * 25 + 500 * 800 + 10 * 500
+    assert (params, macs) == (431_080, 2_293_000)
+    cost = count_cost(build_network("lenet5_caffe", seed=0), torch.zeros(1, 1, 28, 28))
+    assert (cost.params, cost.macs) == (params, macs)
+    assert cost.uncounted == ("MaxPool2d", "ReLU")
+    assert (cost.of("params"), cost.of("macs")) == (params, macs)
+
+
+def test_resnet20_by_hand() -> None:
+    macs = 32 * 32 * 16 * 3 * 9
+    for stage, (side, width) in enumerate([(32, 16), (16, 32), (8, 64)]):
+        inputs = width if stage == 0 else width // 2
+        macs += side * side * width * 9 * (inputs + 5 * width)
+        macs += side * side * width * inputs if stage else 0  # 1x1 shortcut
+    macs += 10 * 64
+    assert round(macs / 1e6, 1) == 40.8
+    assert count_cost(build_network("cifar_resnet20", seed=0), torch.zeros(1, 3, 32, 32)).macs == macs
+
+
+def test_counting_leaves_modes_and_hooks() -> None:
+    network = make(ToyConv).train()
+    network.conv2.eval()
+    flags = [module.training for module in network.modules()]
+    count_cost(network, images(network.shape, 1))
+    assert [module.training for module in network.modules()] == flags
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_model_predicts_cut_toys(toy: Callable[[], Any]) -> None:
+    network = make(toy)
+    model, groups = model_of(network, network.shape)
+    for seed in range(20):
+        plan = random_plan(groups, seed)
+        cut = count_cost(apply_plan(network, groups, plan), images(network.shape, 1))
+        predicted = model.cost(plan.counts)
+        assert (predicted.params, predicted.macs) == (cut.params, cut.macs)
+        assert cut.params < network.params
+
+
+def unusual() -> nn.Module:
+    """Put depthwise, strided and transposed convolutions with a norm each into one network."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 5, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(5, 4, 3),
+        nn.Flatten(),
+        nn.Linear(4 * 49, 2),
+    )
+
+
+@pytest.mark.parametrize("kind", ["resnet", "unusual"])
+def test_model_predicts_cut_networks(kind: str) -> None:
+    network = build_network("cifar_resnet20", seed=0) if kind == "resnet" else unusual()
+    shape = (3, 16, 16) if kind == "resnet" else (3, 9, 9)
+    model, groups = model_of(network, shape)
+    assert len(groups) == (12 if kind == "resnet" else 3)
+    for seed in range(6):
+        plan = random_plan(groups, seed)
+        cut = count_cost(apply_plan(network, groups, plan), images(shape, 1))
+        predicted = model.cost(np.array([plan.counts[group.name] for group in groups]))
+        assert (predicted.params, predicted.macs) == (cut.params, cut.macs)
+
+
+def test_group_shares_by_hand(lenet: Any) -> None:
+    model, _ = lenet
+    conv1 = 24 * 24 * 20 * 25 + 8 * 8 * 50 * 20 * 25  # without conv1's outputs, conv2 multiplies nothing either
+    conv2 = 8 * 8 * 50 * 20 * 25 + 500 * 800
+    fc1 = 500 * 800 + 10 * 500
+    np.testing.assert_allclose(model.group_share("macs"), np.array([conv1, conv2, fc1]) / 2_293_000, rtol=1e-12)
+
+
+def test_unnamed_groups_stay_whole(lenet: Any) -> None:
+    model, _ = lenet
+    assert model.cost({}).params == 431_080
+    assert model.cost({"fc1": 1}).params == 431_080 - 499 * 801 - 499 * 10
+    assert model.share({}, "macs") == 1.0
+
+
+def check_budget_kept(model: CostModel, scores: Any, budget: float, unit: str, widths: Any = None) -> np.ndarray:
+    counts = solve_counts(model, scores, budget, unit, widths=widths)
+    present = model.widths if widths is None else widths
+    allowed = budget * model.full.of(unit) * (1 + 1e-9)
+    assert (counts >= 1).all()
+    assert (counts <= present).all()
+    assert model.cost(counts).of(unit) <= allowed
+    full = [place for place in range(len(counts)) if counts[place] < present[place]]
+    one_more = [model.cost(counts + np.eye(len(counts), dtype=np.int64)[place]).of(unit) for place in full]
+    assert not full or max(one_more) > allowed
+    return counts
+
+
+def test_budgets_hold_for_random_scores(lenet: Any, resnet: Any) -> None:
+    rng = np.random.default_rng(0)
+    binding = 0
+    for trial in range(300):
+        model, _ = (lenet, resnet)[trial % 2]
+        unit = ("macs", "params")[trial // 2 % 2]
+        least = model.smallest_share(unit)
+        budget = float(rng.uniform(least, 1.0))
+        scores = rng.normal(0, rng.choice([0.3, 2.0, 20.0]), len(model.widths))
+        counts = check_budget_kept(model, scores, budget, unit)
+        binding += bool((counts < model.widths).any())
+    assert binding > 290
+
+
+def test_budgets_hold_in_a_tiny_network() -> None:
+    model, _ = model_of(make(ToyMLP), ToyMLP.shape)  # 66 MACs: half a MAC of rounding would show
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        check_budget_kept(model, rng.normal(size=2), float(rng.uniform(model.smallest_share("macs"), 1)), "macs")
+
+
+def test_budgets_hold_in_a_second_round(resnet: Any) -> None:
+    model, _ = resnet
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        widths = rng.integers(1, model.widths + 1)
+        share = model.share(widths, "macs")
+        budget = float(rng.uniform(model.smallest_share("macs"), 1.0))
+        counts = check_budget_kept(model, rng.normal(size=len(widths)), budget, "macs", widths)
+        if share <= budget:
+            assert (counts == widths).all()
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("level", [-50.0, 0.0, 3.0])
+def test_equal_scores_keep_equal_shares(resnet: Any, budget: float, level: float) -> None:
+    model, _ = resnet
+    counts = solve_counts(model, np.full(12, level), budget, "macs")
+    # one common share s explains all: floor(s w) <= count <= floor(s w) + 1
+    low, high = np.max((counts - 1) / model.widths), np.min((counts + 1) / model.widths)
+    assert low <= high
+    np.testing.assert_array_equal(counts, solve_counts(model, np.zeros(12), budget, "macs"))
+    floors = (np.maximum(1, np.floor(share * model.widths)).astype(int) for share in np.linspace(0.01, 1, 400))
+    shares = [model.share(floor, "macs") for floor in floors]
+    assert model.share(counts, "macs") >= max(share for share in shares if share <= budget)
+
+
+def test_scores_order_the_shares(resnet: Any) -> None:
+    model, _ = resnet
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        scores = rng.normal(0, 2, 12)
+        counts = solve_counts(model, scores, 0.4, "macs")
+        for a in range(12):
+            for b in range(12):
+                if model.widths[a] == model.widths[b] and scores[a] > scores[b]:
+                    assert counts[a] >= counts[b]
+    # the log-odds of two shares differ by the difference of their scores
+    wide = model_of(make(lambda: nn.Sequential(nn.Linear(4, 5000), nn.Linear(5000, 5000), nn.Linear(5000, 2))), (4,))[0]
+    counts = solve_counts(wide, [0.0, 1.5], 0.3, "macs")
+    odds = np.log(counts / (wide.widths - counts))
+    assert odds[1] - odds[0] == pytest.approx(1.5, abs=0.01)
+
+
+def test_whole_budget_keeps_everything(lenet: Any) -> None:
+    model, _ = lenet
+    assert solve_counts(model, [-5.0, 0.0, 5.0], 1.0, "macs").tolist() == [20, 50, 500]
+
+
+def test_unreachable_budget_names_the_smallest(lenet: Any) -> None:
+    model, _ = lenet
+    one = 24 * 24 * 25 + 8 * 8 * 25 + 16 + 10  # MACs of 1-1-1-10
+    with pytest.raises(UserError, match=r"budget must be reachable, but got budget=0.001") as caught:
+        solve_counts(model, np.zeros(3), 0.001, "macs")
+    named = float(re.findall(r"costs ([0-9.]+) of the macs, the smallest reachable budget", str(caught.value))[0])
+    assert named == pytest.approx(one / 2_293_000, abs=1e-6)
+    assert solve_counts(model, np.zeros(3), named, "macs").tolist() == [1, 1, 1]  # what is named can be typed in
+    model.check_budget(named, "macs")
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_the_smallest_reachable_budget_is_reachable(lenet: Any, resnet: Any, unit: str) -> None:
+    for model, _ in (lenet, resnet):
+        least = model.smallest_share(unit)
+        assert (solve_counts(model, np.zeros(len(model.widths)), least, unit) == 1).all()
+        with pytest.raises(UserError, match="budget must be reachable"):
+            solve_counts(model, np.zeros(len(model.widths)), least * 0.999, unit)
+
+
+def test_refusals(lenet: Any) -> None:
+    model, _ = lenet
+    with pytest.raises(UserError, match=r"one finite score per group \(3\), but got \[0.0, 0.0\]"):
+        solve_counts(model, [0, 0], 0.5, "macs")
+    with pytest.raises(UserError, match="one finite score per group"):
+        solve_counts(model, [0, np.nan, 0], 0.5, "macs")
+    with pytest.raises(UserError, match="budget_unit must be one of macs, params, but got 'flops'"):
+        model.check_budget(0.5, "flops")
+    for budget in (0.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match=r"budget must be in \(0, 1\], but got budget="):
+            model.check_budget(budget, "macs")

@@ -1,0 +1,261 @@
+"""Every statistic recomputed by hand: one example at a time, explicit forward passes, plain autograd, numpy."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import prunegym.pruning.statistics
+import pytest
+import torch
+import torch.nn.functional as F
+from prunegym.pruning.errors import UserError
+from prunegym.pruning.groups import find_groups
+from prunegym.pruning.statistics import Statistics, measure
+from torch import Tensor, nn
+
+from .toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
+
+Maps = dict[str, list[Tensor]]
+
+
+def forward_conv(net: Any, x: Tensor) -> tuple[Tensor, Maps, dict[str, Tensor]]:
+    """Return logits, what each group's ReLUs show, and what each reader reads."""
+    first = F.relu(net.conv1(x))
+    pooled = F.max_pool2d(first, 2)
+    second = F.relu(net.conv2(pooled))
+    hidden = F.relu(net.fc1(second.flatten(1)))
+    read = {"conv2": pooled, "fc1": second.flatten(1), "fc2": hidden}
+    return net.fc2(hidden), {"conv1": [first], "conv2": [second], "fc1": [hidden]}, read
+
+
+def forward_mlp(net: Any, x: Tensor) -> tuple[Tensor, Maps, dict[str, Tensor]]:
+    first = F.relu(net.fc1(x))
+    second = F.relu(net.fc2(first))
+    return net.fc3(second), {"fc1": [first], "fc2": [second]}, {"fc2": first, "fc3": second}
+
+
+def forward_residual(net: Any, x: Tensor) -> tuple[Tensor, Maps, dict[str, Tensor]]:
+    first = F.relu(net.stem_bn(net.stem(x)))
+    inner = F.relu(net.bn1(net.conv1(first)))
+    summed = F.relu(net.bn2(net.conv2(inner)) + first)
+    last = F.relu(net.down_bn(net.down(summed)))
+    pooled = last.mean((2, 3))
+    read = {"conv1": first, "conv2": inner, "down": summed[:, :, ::2, ::2], "fc": pooled}  # stride 2 skips the rest
+    return net.fc(pooled), {"stem": [first, summed], "conv1": [inner], "down": [last]}, read
+
+
+FORWARDS: list[tuple[Callable[[], Any], Callable[..., Any]]] = [
+    (ToyConv, forward_conv),
+    (ToyMLP, forward_mlp),
+    (ToyResidual, forward_residual),
+]
+
+
+def by_hand(net: Any, forward: Callable[..., Any], x: Tensor, y: Tensor) -> dict[str, dict[str, np.ndarray]]:
+    """Compute the group statistics example by example."""
+    result: dict[str, dict[str, Any]] = {}
+    for n in range(len(x)):
+        logits, maps, _ = forward(net, x[n : n + 1])
+        loss = F.cross_entropy(logits, y[n : n + 1])
+        for group, shown in maps.items():
+            sums = result.setdefault(group, dict.fromkeys(("apoz", "mean", "t17", "t19", "batch"), 0.0))
+            for z, g in zip(shown, torch.autograd.grad(loss, shown, retain_graph=True), strict=True):
+                values = z.detach().numpy().reshape(z.shape[1], -1)
+                product = (g * z).detach().numpy().reshape(z.shape[1], -1)
+                share = 1 / len(x)
+                sums["apoz"] += share * (values == 0).mean(1) / len(shown)
+                sums["mean"] += share * values.mean(1) / len(shown)
+                sums["t17"] += share * np.abs(product.mean(1))
+                sums["t19"] += share * product.sum(1) ** 2
+                sums["batch"] += share * product.mean(1)  # its absolute value is what Taylor 2017 is not
+    return result
+
+
+def measured(
+    toy: Callable[[], Any], batch: int, n: int = 12, **arguments: Any
+) -> tuple[Any, Statistics, list[tuple[Tensor, Tensor]]]:
+    network = make(toy, dtype=torch.float64)
+    batches = labelled(network, n, batch, dtype=torch.float64)
+    return network, measure(network, find_groups(network, batches[0][0]), batches, **arguments), batches
+
+
+@pytest.mark.parametrize("batch", [12, 5, 1])
+@pytest.mark.parametrize(("toy", "forward"), FORWARDS)
+def test_group_statistics_by_hand(toy: Callable[[], Any], forward: Callable[..., Any], batch: int) -> None:
+    network, statistics, batches = measured(toy, batch)
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    expected = by_hand(network, forward, x, y)
+    assert set(statistics.groups) == set(expected) == set(network.widths)
+    for name, hand in expected.items():
+        ours = statistics.groups[name]
+        np.testing.assert_allclose(ours.apoz, hand["apoz"], rtol=1e-10)
+        np.testing.assert_allclose(ours.mean_activation, hand["mean"], rtol=1e-10)
+        np.testing.assert_allclose(ours.taylor_2017, hand["t17"], rtol=1e-8, atol=1e-14)
+        np.testing.assert_allclose(ours.taylor_2019, hand["t19"], rtol=1e-8, atol=1e-14)
+        assert 0 < hand["apoz"].mean() < 1
+        assert hand["t17"].max() > 1e-4
+    assert statistics.examples == 12
+    assert statistics.loss == pytest.approx(F.cross_entropy(network(x), y).item(), rel=1e-10)
+
+
+def test_taylor_2017_is_not_one_absolute_value_over_the_batch() -> None:
+    network, statistics, batches = measured(ToyConv, 12)
+    hand = by_hand(network, forward_conv, *batches[0])
+    for name in network.widths:
+        ours, wrong = statistics.groups[name].taylor_2017, np.abs(hand[name]["batch"])
+        assert ours is not None
+        assert (ours >= wrong - 1e-15).all()  # the triangle inequality
+        assert ours.max() > 1.2 * wrong.max()  # and examples do cancel here
+
+
+@pytest.mark.parametrize("batch", [12, 5, 1])
+@pytest.mark.parametrize(("toy", "forward"), FORWARDS)
+def test_moments_by_hand(toy: Callable[[], Any], forward: Callable[..., Any], batch: int) -> None:
+    network, statistics, batches = measured(toy, batch)
+    _, _, read = forward(network, torch.cat([x for x, _ in batches]))
+    assert set(statistics.consumers) == set(read)
+    for name, tensor in read.items():
+        rows = np.moveaxis(tensor.detach().numpy(), 1, -1).reshape(-1, tensor.shape[1])
+        ours = statistics.consumers[name]
+        assert ours.rows == len(rows)
+        np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
+        np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-9, atol=1e-14)
+
+
+def test_a_wide_flatten_shares_features_between_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prunegym.pruning.statistics, "GRAM_LIMIT", 10)  # fc1 of the toy reads 24 features
+    network, statistics, batches = measured(ToyConv, 5)
+    _, maps, _ = forward_conv(network, torch.cat([x for x, _ in batches]))
+    rows = maps["conv2"][0].detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()  # (N·4, 6)
+    ours = statistics.consumers["fc1"]
+    assert ours.rows == 12 * 4
+    np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-10)
+
+
+def test_weight_norms_by_hand() -> None:
+    network, statistics, _ = measured(ToyResidual, 12)
+    stem, second = network.stem.weight.detach().numpy(), network.conv2.weight.detach().numpy()
+    for channel in range(6):  # the residual sum's channels have two producers
+        weights = np.concatenate([stem[channel].ravel(), second[channel].ravel()])
+        assert statistics.groups["stem"].l1[channel] == pytest.approx(np.abs(weights).sum())
+        assert statistics.groups["stem"].l2[channel] == pytest.approx(np.sqrt((weights**2).sum()))
+    inner = network.conv1.weight.detach().numpy().reshape(5, -1)
+    np.testing.assert_allclose(statistics.groups["conv1"].l1, np.abs(inner).sum(1))
+    np.testing.assert_allclose(statistics.groups["conv1"].l2, np.linalg.norm(inner, axis=1))
+
+
+def test_transposed_convolution_norms_and_moments() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(3, 4, 2))
+        network = network.append(nn.ReLU()).append(nn.Conv2d(4, 3, 7)).append(nn.Flatten()).double()
+    x, y = images((2, 3, 3), 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    statistics = measure(network, find_groups(network, x), [(x, y)])
+    weight: Any = network[0].weight
+    np.testing.assert_allclose(statistics.groups["0"].l1, weight.detach().abs().sum((0, 2, 3)).numpy())
+    np.testing.assert_allclose(statistics.groups["0"].l2, weight.detach().square().sum((0, 2, 3)).sqrt().numpy())
+    rows = F.relu(network[0](x)).detach().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    np.testing.assert_allclose(statistics.consumers["2"].second_moment, rows.T @ rows / len(rows), rtol=1e-10)
+
+
+def test_group_without_activation_is_watched_at_its_layer() -> None:
+    network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    x, y = images((5,), 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    statistics = measure(network, find_groups(network, x), [(x[:4], y[:4]), (x[4:], y[4:])])
+    hidden = network[0](x)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network[1](hidden), y, reduction="sum"), hidden)
+    ours = statistics.groups["0"]
+    assert ours.apoz is None
+    np.testing.assert_allclose(ours.mean_activation, hidden.detach().mean(0), rtol=1e-10)
+    np.testing.assert_allclose(ours.taylor_2017, (gradient * hidden).detach().abs().mean(0), rtol=1e-10)
+
+
+def test_parts_that_were_not_asked_for() -> None:
+    _, statistics, _ = measured(ToyConv, 6, gradients=False, grams=False)
+    assert statistics.consumers == {}
+    assert np.isnan(statistics.loss)
+    for group in statistics.groups.values():
+        assert group.taylor_2017 is None
+        assert group.taylor_2019 is None
+        assert group.apoz is not None
+    _, full, _ = measured(ToyConv, 6)
+    for name, group in statistics.groups.items():
+        np.testing.assert_array_equal(group.apoz, full.groups[name].apoz)
+
+
+def test_float32_and_a_network_under_no_grad() -> None:
+    network = make(ToyResidual)
+    _, exact, batches = measured(ToyResidual, 5)
+    batches = [(x.float(), y) for x, y in batches]
+    groups = find_groups(network, batches[0][0])
+    with torch.no_grad():
+        statistics = measure(network, groups, batches)
+    for name in network.widths:
+        np.testing.assert_allclose(statistics.groups[name].taylor_2017, exact.groups[name].taylor_2017, rtol=1e-3)
+
+
+def failing(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    yield batches[0]
+    raise RuntimeError("the disk is gone")
+
+
+@pytest.mark.parametrize("end", ["done", "data fails", "label out of range", "no data"])
+@pytest.mark.parametrize("toy", TOYS)
+def test_network_comes_back_as_it_was(toy: Callable[[], Any], end: str) -> None:
+    network = make(toy).train()
+    children = list(network.children())
+    children[1].eval()
+    parameters = list(network.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    flags = [module.training for module in network.modules()]
+    batches = labelled(network)
+    groups = find_groups(network, batches[0][0])
+    if end == "done":
+        measure(network, groups, batches)
+    elif end == "data fails":
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            measure(network, groups, failing(batches))
+    elif end == "label out of range":
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            measure(network, groups, [(x, y + 7) for x, y in batches])
+    else:
+        with pytest.raises(UserError, match="statistics need at least one batch of data, but none came"):
+            measure(network, groups, [])
+    assert [module.training for module in network.modules()] == flags
+    assert [parameter.requires_grad for parameter in parameters] == [False] + [True] * (len(parameters) - 1)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert [parameter.grad is None for parameter in parameters[:3]] == [True, False, True]
+    assert bool((parameters[1].grad == 1).all())
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert not any(x.requires_grad for x, _ in batches)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite(value: float) -> None:
+    network = make(ToyMLP)
+    batches = labelled(network)
+    groups = find_groups(network, batches[0][0])
+    with torch.no_grad():
+        network.fc3.bias[0] = value
+    with pytest.raises(UserError, match="the network's outputs must be finite, but some are NaN or infinite"):
+        measure(network, groups, batches)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_activation_that_is_overwritten_is_refused() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.gelu(self.first(x)).mul_(2.0))
+
+    network = Overwriting()
+    x, y = images((5,)), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(UserError, match="an activation is overwritten in place after it was observed"):
+        measure(network, find_groups(network, x), [(x, y)])
