@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(USAGE.format(configs=", ".join(shipped_configs())))  # noqa: T201  (a command line talks)
             return 0 if arguments else 2
         if arguments[0] not in commands:
-            raise UserError(
-                f"the command must be one of {', '.join(commands)}, but got {arguments[0]!r}{closest(arguments[0], commands)}"
-            )
+            hint = closest(arguments[0], commands)
+            raise UserError(f"the command must be one of search, apply, but got {arguments[0]!r}{hint}")
         return commands[arguments[0]](arguments[1:])
     except (UserError, ArgumentError, SealedSplitError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"prunegym: {error}", markup=False)
@@ -75,7 +74,7 @@ def search_command(arguments: list[str]) -> int:
     result = search(task, settings=config.search, run_folder=run, progress=progress)
     console = Console(highlight=False)
     console.print()
-    console.print(console_table(result), soft_wrap=True)
+    console.print(console_table(result))
     for line in verdict_lines(result):
         console.print(line, soft_wrap=True)
     console.print(

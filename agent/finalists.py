@@ -144,7 +144,8 @@ def verdict_sentence(verdict: Verdict, labels: Mapping[str, str]) -> str:
     """Say the verdict in one sentence."""
     first, second = labels[verdict.first], labels[verdict.second]
     difference = f"{verdict.points:+.2f} points on the test split"
-    evidence = f"exact McNemar test on {verdict.only_first + verdict.only_second} differing examples, p = {verdict.p_value:.2g}"
+    differing = verdict.only_first + verdict.only_second
+    evidence = f"exact McNemar test on {differing} differing examples, p = {verdict.p_value:.2g}"
     if verdict.outcome == "not distinguishable":
         return f"{first} is not distinguishable from {second} in this run ({difference}; {evidence})."
     return f"{first} is {verdict.outcome} than {second} in this run ({difference}; {evidence})."

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
@@ -48,5 +49,5 @@ class Progress:
 
             yield show
 
-    def _bar(self, label: str, total: int, unit: str) -> "tqdm[None]":
+    def _bar(self, label: str, total: int, unit: str) -> Any:
         return tqdm(total=total, desc=label, unit=unit, disable=not self.enabled, leave=True, mininterval=0.5)

@@ -1,12 +1,14 @@
 """A search told to people: the table, the verdict, three pictures, and what the figures mean."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from .finalists import Finalist, verdict_sentence
@@ -46,12 +48,23 @@ def table_rows(result: "SearchResult") -> list[tuple[str, ...]]:
 
 
 def console_table(result: "SearchResult") -> Table:
-    """Return the comparison for the terminal."""
-    table = Table(title=title(result), title_justify="left", title_style="bold")
-    for place, header in enumerate(HEADERS):
-        table.add_column(header, justify="left" if place == 0 else "right", no_wrap=True)
-    for finalist, row in zip(result.finalists, table_rows(result), strict=True):
-        table.add_row(*row, style="bold" if finalist.name == "agent" else None)
+    """Return the comparison for the terminal, at most 80 columns wide."""
+    table = Table(title=title(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    whole = result.finalists[0].cost
+    table.add_column("network", no_wrap=True)
+    for header in ("parameters", "MACs", "after cut", "selection", "test"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for finalist in result.finalists:
+        cost = finalist.cost
+        table.add_row(
+            finalist.label,
+            f"{_short(cost.params)} {whole.params / cost.params:5.1f}×",
+            f"{_short(cost.macs)} {whole.macs / cost.macs:5.1f}×",
+            _percent(finalist.after_trim),
+            _percent(finalist.selection.accuracy),
+            _percent(finalist.test),
+            style="bold" if finalist.name == "agent" else None,
+        )
     return table
 
 
@@ -90,14 +103,19 @@ def markdown(result: "SearchResult") -> str:
         "",
         *verdict_lines(result),
         "",
-        f"- *after the cut*: accuracy on {_reward_images(result):,} reward images after the last cut and its repair, before "
-        "the training that follows it.",
+        f"- *after the cut*: accuracy on {_reward_images(result):,} reward images after the last cut and its repair, "
+        "before the training that follows it.",
         f"- *selection*: accuracy on {len(task.selection):,} selection images after all retraining.",
-        f"- *test*: accuracy on {len(task.test):,} test images, read {_times(len(task.test.readings))}, after everything else was decided.",
-        f"- Every pruned network got the same number of retraining updates (column *retraining*), on {len(task.train):,} training images.",
-        f"- The agent spent {evaluations} of {result.settings.max_evaluations} evaluations (stopped by {result.stopped_by}); "
-        f"of its best plans {len(result.candidates)} were scored again on the selection split and the best there was built.",
-        f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; seed {result.settings.seed}.",
+        f"- *test*: accuracy on {len(task.test):,} test images, read {_times(len(task.test.readings))}, "
+        "after everything else was decided.",
+        "- Every pruned network got the same number of retraining updates (column *retraining*), "
+        f"on {len(task.train):,} training images.",
+        f"- The agent spent {evaluations} of {result.settings.max_evaluations} evaluations (stopped by "
+        f"{result.stopped_by}); of its best plans {len(result.candidates)} were scored again on the selection split "
+        "and the best there was built.",
+        f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; "
+        f"seed {result.settings.seed}. *Network Trimming* is the published method, without repair; "
+        "*repaired* is the same with the agent's repair after each cut.",
         "- One run has one seed: the test in the verdict covers the choice of test images, not training noise.",
         *(f"- {finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note),
         "",
@@ -142,16 +160,14 @@ def learning_curve(result: "SearchResult") -> Figure:
             best, accuracy = row.reward or 0.0, row.accuracy
         course.append(100 * accuracy)
     axes.plot([row.evaluation for row in rows], course, color=COLOURS["agent"], label="best so far", lw=2)
-    if result.reference_accuracy == result.reference_accuracy:
-        axes.axhline(100 * result.reference_accuracy, color=COLOURS["uniform"], ls="--", label="uniform plan")
+    reference = 100 * result.reference_accuracy
+    if math.isfinite(reference):
+        axes.axhline(reference, color=COLOURS["uniform"], ls="--", label="uniform plan")
     axes.set_xlabel("evaluations (networks cut, repaired and scored)")
     axes.set_ylabel("accuracy on the reward images, %")
     axes.set_title(f"Learning curve: {title(result)}", fontsize=10)
     if course:  # failed plans of the first episodes must not flatten the picture
-        floor = min(
-            course[0],
-            100 * result.reference_accuracy if result.reference_accuracy == result.reference_accuracy else 100,
-        )
+        floor = min(course[0], reference) if math.isfinite(reference) else course[0]
         axes.set_ylim(bottom=max(0.0, floor - max(5.0, 1.5 * (max(course) - floor))))
     axes.legend(loc="lower right", fontsize=8)
     return figure
@@ -190,11 +206,15 @@ def accuracy_against_cost(result: "SearchResult") -> Figure:
     for finalist in result.finalists:
         if finalist.test is None:
             continue
-        axes.plot(100 * finalist.cost.of(unit) / whole.of(unit), 100 * finalist.test, _marker(finalist), ms=9,
-                  color=COLOURS.get(finalist.name, "#555555"), label=f"{finalist.label}, test")  # fmt: skip
+        share = 100 * finalist.cost.of(unit) / whole.of(unit)
+        style: dict[str, Any] = {
+            "marker": _marker(finalist),
+            "color": COLOURS.get(finalist.name, "#555555"),
+            "ls": "none",
+        }
+        axes.plot(share, 100 * finalist.test, ms=9, label=f"{finalist.label}, test", **style)
         if finalist.after_trim is not None:
-            axes.plot(100 * finalist.cost.of(unit) / whole.of(unit), 100 * finalist.after_trim, _marker(finalist), ms=7, mfc="none",
-                      color=COLOURS.get(finalist.name, "#555555"))  # fmt: skip
+            axes.plot(share, 100 * finalist.after_trim, ms=7, mfc="none", **style)
     axes.set_xscale("log")
     axes.set_xlabel(f"{unit} kept, % of the original")
     axes.set_ylabel("accuracy, %")
@@ -220,6 +240,14 @@ def _marker(finalist: Finalist) -> str:
 
 def _reward_images(result: "SearchResult") -> int:
     return result.settings.trim.repair.reward_images or len(result.task.reward)
+
+
+def _short(count: int) -> str:
+    """Write a count with three or four digits and its magnitude."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.{1 if count >= 100 * size else 2}f}{unit}"
+    return str(count)
 
 
 def _percent(value: float | None) -> str:

@@ -113,7 +113,7 @@ def search(
     if run_folder:
         run_folder.write_schedule(schedule)
         run_folder.write_policy(policy)
-    agent = _build(trimmer, schedule, "agent", "agent (learned)", progress)
+    agent = _build(trimmer, schedule, "agent", "agent", progress)
     finalists = [_original(trimmer)]
     if settings.compare:
         finalists += _heuristics(trimmer, settings, agent, progress)
@@ -225,7 +225,7 @@ def _play(learner: BaseAlgorithm, environment: TrimEnv) -> tuple[list[dict[str, 
     start = np.ones(1, dtype=bool)
     infos, reward, done = [], 0.0, False
     while not done:
-        action, state = learner.predict(observation, state, start, deterministic=True)  # type: ignore[arg-type]
+        action, state = learner.predict(observation, state, start, deterministic=True)
         observation, reward, done, _, info = environment.step(action)
         start = np.zeros(1, dtype=bool)
         if "accuracy" in info:
@@ -297,10 +297,10 @@ def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, pro
     if not any(group.rectified for group in trimmer.groups):
         progress.say("Network Trimming is left out: no ReLU follows any channel group")
         return result
-    variants = [("network_trimming", "Network Trimming (APoZ)", settings.trimming)]
+    variants = [("network_trimming", "Network Trimming", settings.trimming)]
     if trim.repair.compensation != settings.trimming.compensation:
         repaired = replace(settings.trimming, compensation=trim.repair.compensation)
-        variants.append(("network_trimming_repaired", f"Network Trimming + {trim.repair.compensation}", repaired))
+        variants.append(("network_trimming_repaired", "Network Trimming, repaired", repaired))
     for name, label, chosen in variants:
         with progress.updates(label, max(1, retraining.updates)) as show:
             made = network_trimming(trimmer, settings=chosen, progress=show, **common)

@@ -152,8 +152,8 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._rule.check(self.settings.budget, self.settings.budget_unit)
         self._observation = GroupObservation(model)
         self._reward = Reward(self.settings.reward)
-        self.observation_space = self._observation.space()
-        self.action_space = self._rule.space()
+        self.observation_space: gym.spaces.Box = self._observation.space()  # type: ignore[assignment]
+        self.action_space: gym.spaces.Box = self._rule.space()  # type: ignore[assignment]
         self._references: dict[float | None, float] = {}
         self._budget = self.settings.budget
         self._subject: Subject | None = None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,12 @@ MANIFEST = "pruned.json"
 
 
 def save_pruned(
-    folder: str | Path, network: nn.Module, plan: PruningPlan, *, example_shape: tuple[int, ...], source: Mapping[str, Any]
+    folder: str | Path,
+    network: nn.Module,
+    plan: PruningPlan,
+    *,
+    example_shape: tuple[int, ...],
+    source: Mapping[str, Any],
 ) -> None:
     """Write a pruned network; each file is complete or absent.
 
@@ -47,7 +51,9 @@ def save_pruned(
         "weights": WEIGHTS,
         "sha256": hashlib.sha256(data).hexdigest(),
         "example_shape": list(example_shape),
-        "source": {key: source[key] for key in ("network", "network_arguments", "classes", "image_shape") if key in source},
+        "source": {
+            key: source[key] for key in ("network", "network_arguments", "classes", "image_shape") if key in source
+        },
         "torch": torch.__version__,
         "keep": plan.to_dict(),
     }
@@ -73,15 +79,21 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
         manifest = json.loads((folder / MANIFEST).read_text())
         data = (folder / WEIGHTS).read_bytes()
     except OSError as error:
-        raise UserError(f"a pruned network needs {MANIFEST} and {WEIGHTS}, but {error.filename} is not there") from error
+        raise UserError(
+            f"a pruned network needs {MANIFEST} and {WEIGHTS}, but {error.filename} is not there"
+        ) from error
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} must be JSON, but is not: {error}") from error
     if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
-        raise UserError(f"{folder / WEIGHTS} must be the file that was saved, but its SHA-256 differs; it was altered or cut off")
+        raise UserError(
+            f"{folder / WEIGHTS} must be the file that was saved, but its SHA-256 differs; it was altered or cut off"
+        )
     source = manifest.get("source", {})
     if network is None:
         if "network" not in source:
-            raise UserError(f"the network in {folder} has no name to build it by; pass the original: load_pruned(folder, network)")
+            raise UserError(
+                f"the network in {folder} has no name to build it by; pass the original: load_pruned(folder, network)"
+            )
         network = build_network(
             source["network"],
             classes=source["classes"],
@@ -95,17 +107,17 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
     try:
         smaller.load_state_dict(load(data))
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} must fit the network cut to the plan, but: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{folder / WEIGHTS} must fit the network cut to the plan, but: {str(error).splitlines()[0]}"
+        ) from error
     return smaller.eval()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is either complete or absent."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+        draft.write_bytes(data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

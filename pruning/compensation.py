@@ -161,16 +161,12 @@ def _repair_layer(
             repaired = matrix[kept] + result.mixing @ matrix[removed]
             new.weight.copy_(_as_weight(old, torch.from_numpy(repaired), new.weight))
         if result.constant is not None:
-            shift = (result.constant @ matrix[removed]).reshape(_outputs_first(old, weight))
-            shift = torch.from_numpy(shift.sum(1))  # constants add up over taps and positions
+            lost = (result.constant @ matrix[removed]).reshape(weight.shape[_output_dim(old)], -1)
+            shift = torch.from_numpy(lost.sum(1))  # constants add up over taps and positions
             if new.bias is not None:
                 new.bias.add_(shift.to(new.bias))
             elif norm is not None:
                 norm.running_mean.sub_(shift.to(norm.running_mean))
-
-
-def _outputs_first(layer: Any, weight: Tensor) -> tuple[int, int]:
-    return (weight.shape[_output_dim(layer)], -1)
 
 
 def _as_weight(layer: Any, matrix: Tensor, like: Tensor) -> Tensor:

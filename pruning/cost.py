@@ -8,6 +8,7 @@ two equal on cut networks.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,17 +163,13 @@ def _uses_per_weight(network: nn.Module, example_input: Tensor) -> dict[str, int
             continue
 
         def count(
-            module: nn.Module,
-            inputs: tuple[Tensor, ...],
-            output: Tensor,
-            name: str = name,
-            width: int = width,
+            module: Any, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, width: int = width
         ) -> None:
             # a transposed convolution uses each weight once per input position, the others per output position
-            tensor = inputs[0] if getattr(module, "transposed", False) else output
-            channels = module.in_channels if getattr(module, "transposed", False) else width
+            transposed = getattr(module, "transposed", False)
+            tensor, channels = (inputs[0], int(module.in_channels)) if transposed else (output, width)
             key = f"{name}.weight"
-            uses[key] = uses.get(key, 0) + tensor[:1].numel() // int(channels)  # type: ignore[call-overload]
+            uses[key] = uses.get(key, 0) + tensor[:1].numel() // channels
 
         handles.append(module.register_forward_hook(count))
     with hooked(handles), evaluation_mode(network), torch.no_grad():

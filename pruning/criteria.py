@@ -158,7 +158,7 @@ def rank_channels(
     return orders
 
 
-def residual_curve(group: ChannelGroup, context: RankingContext, order: Sequence[int]) -> NDArray[np.float64]:
+def residual_curve(group: ChannelGroup, context: RankingContext, order: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the relative least-squares residual at the group's consumers when the first n of `order` stay.
 
     Args:

@@ -175,7 +175,8 @@ def survey_groups(network: nn.Module, example_input: Tensor) -> GroupSurvey:
     """Find every channel group, prunable or not. Arguments as for `find_groups`."""
     work = copy.deepcopy(network).eval()
     work.requires_grad_(True)
-    trace = trace_forward(work, example_input)
+    example_input = example_input.detach().clone()  # a network may begin with an in-place operation
+    trace = trace_forward(work, example_input.clone())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

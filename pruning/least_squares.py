@@ -119,7 +119,7 @@ def greedy_order(problems: Sequence[ConsumerProblem]) -> NDArray[np.int64]:
     return order
 
 
-def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int]) -> FloatArray:
+def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | NDArray[np.int64]) -> FloatArray:
     """Return (width + 1,) the relative residual, summed over consumers, as channels join in the given order."""
     states = [_Elimination(problem) for problem in problems]
     total = [max(state.residual(), 1e-30) for state in states]

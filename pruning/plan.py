@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import UserError, closest
 from .groups import ChannelGroup
 
-Orders = Mapping[str, Sequence[int]]
+Orders = Mapping[str, Sequence[int] | NDArray[np.int64]]
 
 
 class PruningPlan(Mapping[str, tuple[int, ...]]):

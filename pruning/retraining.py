@@ -100,7 +100,8 @@ def retrain(
         split: Training data, reshuffled every epoch.
         settings: How to train.
         seed: Decides shuffling, augmentation and dropout; the global random state comes back.
-        teacher: The original; needed when `settings.distillation` is positive. Run in evaluation mode, comes back as it was.
+        teacher: The original; needed when `settings.distillation` is positive. Run in evaluation mode; its
+            own modes come back.
         progress: Called with the number of steps done, after each.
 
     Raises:

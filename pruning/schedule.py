@@ -207,7 +207,8 @@ def _settings(kind: Any, data: Any, where: str) -> Any:
 
 def _compact(text: str) -> str:
     """Put lists of numbers on one line, so that a person can read and edit them."""
-    lines, inside = [], False
+    lines: list[str] = []
+    inside = False
     for line in text.split("\n"):
         if inside:
             lines[-1] += line.strip() + (" " if line.rstrip().endswith(",") else "")

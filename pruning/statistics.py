@@ -227,7 +227,9 @@ class _GramSums:
                 x = x.reshape(len(x), -1, self.positions).transpose(1, 2)
             return x.reshape(-1, x.shape[-1])
         if all(extent == 1 for extent in self.layer.kernel_size) and not self.layer.transposed:
-            x = x[(..., *(slice(None, None, step) for step in self.layer.stride))]  # only positions it reads
+            x = x[
+                (slice(None), slice(None), *(slice(None, None, step) for step in self.layer.stride))
+            ]  # only positions it reads
         return x.transpose(0, 1).flatten(1).T  # (N, C, …) -> (N·…, C)
 
     def result(self) -> ConsumerStatistics:

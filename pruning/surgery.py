@@ -117,6 +117,8 @@ def _check_shared(network: nn.Module, entries: Mapping[str, Mapping[int, Tensor]
     first_name: dict[int, str] = {}
     for name, tensor in _own_tensors(network):
         first = first_name.setdefault(id(tensor), name)
+        if first == name:
+            continue
         one, other = entries.get(first, {}), entries.get(name, {})
         if one.keys() != other.keys() or any(not torch.equal(one[dim], other[dim]) for dim in one):
             raise UserError(
@@ -225,7 +227,7 @@ def _first_difference(
         seen: dict[str, Tensor] = {}
         modules = dict(network.named_modules(remove_duplicate=False))
         handles = [
-            modules[name].register_forward_hook(lambda _m, _i, out, name=name, seen=seen: seen.update({name: out}))  # type: ignore[misc]
+            modules[name].register_forward_hook(lambda _m, _i, out, name=name, seen=seen: seen.update({name: out}))
             for name in consumers
         ]
         try:

@@ -5,6 +5,7 @@ traced back along the autograd graph to the layer that feeds it. So a ReLU is fo
 module used twice, as a function, after batch norm, or after a residual sum.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Trace:
     Attributes:
         order: Position of each leaf layer in the order of its first execution.
         calls: Activation calls in order.
-        norm_after: Layer -> batch norm that takes its output directly.
+        norm_after: Layer -> batch norm that takes its output directly, where nothing else does.
         widths: Leaf layer -> size of its output's channel dimension (last for linear layers, else dimension 1).
     """
 
@@ -153,13 +154,30 @@ def trace_forward(network: nn.Module, example_input: Tensor) -> Trace:
     with evaluation_mode(network), hooked(handles), torch.enable_grad():
         try:
             with ActivationMode(observe, before=lambda subject: subject.grad_fn):
-                network(example_input)
+                result = network(example_input)
         except Exception as error:
             raise UserError(
                 f"the network must accept an input of shape {tuple(example_input.shape)}, "
                 f"but its forward pass failed: {type(error).__name__}: {error}"
             ) from error
+    users = _users(result)
+    node_of = {name: node for node, name in producer_of.items()}
+    trace.norm_after = {name: norm for name, norm in trace.norm_after.items() if users.get(node_of.get(name), 0) <= 1}
     return trace
+
+
+def _users(result: Any) -> Counter[Any]:
+    """Count, per autograd node behind a network's output, how many operations take its result."""
+    outputs = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else [result]
+    queue = [output.grad_fn for output in outputs if isinstance(output, Tensor) and output.grad_fn is not None]
+    seen, users = set(queue), Counter[Any]()
+    while queue:
+        for following, _ in queue.pop().next_functions:
+            users[following] += 1
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return users
 
 
 def _nearest(node: Any, producer_of: dict[Any, str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class NetworkTrimmingSettings:
         max_rounds: Most rounds; in the last one the threshold gives way if the budget is not met yet.
         targets: Names of the groups to trim; empty = chosen automatically.
         narrowest: The automatic choice takes the fewest groups such that the budget can be met while each of
-            them keeps at least this share of its channels.
+            them keeps at least this share of its channels; all groups where that is impossible.
         final_share: Share of all updates that is kept for the training after the last round.
         accepted_drop: Stop before a round whose retrained accuracy on the reward images lies more than this
             below the original's, in [0, 1]; None = only the budget counts.
@@ -173,16 +173,17 @@ def _targets(
     means = _mean_apoz(trimmer.pristine, tuple(rectified))
     widths = dict(zip(model.names, model.widths.tolist(), strict=True))
     order = sorted(rectified, key=lambda name: -means[name] * shares[name])
-    for narrowest in (settings.narrowest, 0.0):
-        for count in range(1, len(order) + 1):
-            smallest = {name: max(1, int(narrowest * widths[name])) for name in order[:count]}
-            if model.share(smallest, unit) <= budget:
-                return tuple(name for name in model.names if name in smallest)
+    for count in range(1, len(order) + 1):
+        smallest = {name: max(1, round(settings.narrowest * widths[name])) for name in order[:count]}
+        if model.share(smallest, unit) <= budget:
+            return tuple(name for name in model.names if name in smallest)
     least = model.share(dict.fromkeys(order, 1), unit)
-    raise UserError(
-        f"Network Trimming can only cut groups with a ReLU behind them, and one channel in each still costs "
-        f"{least:.4f} of the {unit}; the budget is {budget}"
-    )
+    if least > budget:
+        raise UserError(
+            f"Network Trimming can only cut groups with a ReLU behind them, and one channel in each still costs "
+            f"{least:.4f} of the {unit}; the budget is {budget}"
+        )
+    return tuple(name for name in model.names if name in order)
 
 
 def _one_round(
