@@ -160,6 +160,13 @@ def test_budgets_hold_in_a_tiny_network() -> None:
         check_budget_kept(model, rng.normal(size=2), float(rng.uniform(model.smallest_share("macs"), 1)), "macs")
 
 
+def test_what_the_floor_leaves_is_used() -> None:
+    model, _ = model_of(make(ToyMLP), ToyMLP.shape)  # a-b wide costs 5a + ab + 3b; half of 66 is 33
+    # with one share s for both, floor(6s)-floor(4s) is 3-2 (27 MACs) below s = 2/3 and 4-2 (34) from there on;
+    # the larger fraction is a's, but 4-2 does not fit, while 3-3 costs exactly 33
+    assert solve_counts(model, [0.0, 0.0], 0.5, "macs").tolist() == [3, 3]
+
+
 def test_budgets_hold_in_a_second_round(resnet: Any) -> None:
     model, _ = resnet
     rng = np.random.default_rng(2)

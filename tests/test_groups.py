@@ -159,6 +159,8 @@ class Variant(nn.Module):
                 maps = self.relu(F.max_pool2d(maps, 2))
             case "gelu":
                 maps = self.gelu(maps)
+            case "gelu and relu":
+                maps = self.gelu(maps) + self.relu(maps)
         return self.fc(maps.mean((2, 3)))
 
 
@@ -182,6 +184,11 @@ def test_other_activations_are_seen_but_not_rectified() -> None:
     assert [(site.module, site.call, site.rectified) for site in none.sites] == [("conv", None, False)]
     assert not smooth.rectified
     assert not none.rectified
+
+
+def test_a_relu_is_preferred_over_other_activations() -> None:
+    (group,) = find_groups(Variant("gelu and relu"), torch.zeros(1, 2, 4, 4))
+    assert [(site.call, site.rectified) for site in group.sites] == [(1, True)]
 
 
 def test_reused_relu_module_gives_one_site_per_call() -> None:
@@ -283,6 +290,39 @@ def test_concatenated_channels_keep_their_offset() -> None:
     assert pairs(kept["right"].sites[0]) == [(1, 0), (2, 1)]
     assert kept["last"].width == 4  # not named: stays whole
     assert kept["right"].sites[0].index.dtype == np.int64
+
+
+def test_example_input_is_untouched_by_a_network_that_begins_in_place() -> None:
+    class Begins(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2.0))
+
+    example = torch.tensor([[-1.0, 2.0, -3.0, 4.0]])
+    assert [group.width for group in find_groups(Begins(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), example)] == [5]
+    assert example.tolist() == [[-1.0, 2.0, -3.0, 4.0]]
+
+
+class Shared(nn.Module):
+    """The second convolution's output goes to its batch norm and, where `twice`, past it as well."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+        self.first = nn.Conv2d(2, 4, 1)
+        self.second = nn.Conv2d(4, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.second(torch.relu(self.first(x)))
+        normal = torch.relu(self.norm(maps))
+        return self.fc((normal + maps if self.twice else normal).mean((2, 3)))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_norm_can_hold_a_constant_only_where_nothing_else_reads_the_layer(twice: bool) -> None:
+    groups = find_groups(Shared(twice), torch.zeros(1, 2, 3, 3))
+    assert [(c.module, c.norm) for c in groups[0].consumers] == [("second", None if twice else "norm")]
 
 
 def test_wrong_input_shape_is_named() -> None:

@@ -29,7 +29,7 @@ def test_full_keeps_every_channel(groups: Any) -> None:
 
 @pytest.mark.parametrize(
     ("keep", "counts"),
-    [(1.0, (4, 6, 8)), (0.5, (2, 3, 4)), (0.3, (1, 2, 2)), (0.25, (1, 2, 2)), (1e-9, (1, 1, 1))],
+    [(1.0, (4, 6, 8)), (0.625, (3, 4, 5)), (0.5, (2, 3, 4)), (0.3, (1, 2, 2)), (0.25, (1, 2, 2)), (1e-9, (1, 1, 1))],
 )
 def test_uniform_rounds_half_up_and_leaves_one(groups: Any, keep: float, counts: tuple[int, ...]) -> None:
     assert PruningPlan.uniform(groups, keep).counts == dict(zip(ToyConv.widths, counts, strict=True))

@@ -257,7 +257,8 @@ def test_scores_by_hand() -> None:
 
     logits = torch.tensor([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [0, 0, 9, 0, 0, 0.5]])
     labels = torch.tensor([0, 0, 5])
-    loss = -np.mean([math.log(math.exp(row[y]) / sum(map(math.exp, row))) for row, y in zip(logits.tolist(), labels)])
+    pairs = zip(logits.tolist(), labels.tolist(), strict=True)
+    loss = -np.mean([math.log(math.exp(row[label]) / sum(map(math.exp, row))) for row, label in pairs])
     one = evaluate(Table(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
     assert (one.accuracy, one.examples) == (1 / 3, 3)
     assert one.loss == pytest.approx(loss, rel=1e-6)
