@@ -73,6 +73,7 @@ def search_command(arguments: list[str]) -> int:
     task = _task(config, progress)
     result = search(task, settings=config.search, run_folder=run, progress=progress)
     console = Console(highlight=False)
+    console.width = max(80, console.width)
     console.print()
     console.print(console_table(result))
     for line in verdict_lines(result):

@@ -52,7 +52,7 @@ def console_table(result: "SearchResult") -> Table:
     table = Table(title=title(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     whole = result.finalists[0].cost
     table.add_column("network", no_wrap=True)
-    for header in ("parameters", "MACs", "after cut", "selection", "test"):
+    for header in ("params", "MACs", "cut", "select", "test"):
         table.add_column(header, justify="right", no_wrap=True)
     for finalist in result.finalists:
         cost = finalist.cost
@@ -114,8 +114,8 @@ def markdown(result: "SearchResult") -> str:
         f"{result.stopped_by}); of its best plans {len(result.candidates)} were scored again on the selection split "
         "and the best there was built.",
         f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; "
-        f"seed {result.settings.seed}. *Network Trimming* is the published method, without repair; "
-        "*repaired* is the same with the agent's repair after each cut.",
+        f"seed {result.settings.seed}. *Network Trimming (NT)* is the published method, without repair; "
+        "*NT, repaired* is the same with the agent's repair after each cut.",
         "- One run has one seed: the test in the verdict covers the choice of test images, not training noise.",
         *(f"- {finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note),
         "",

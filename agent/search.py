@@ -297,10 +297,10 @@ def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, pro
     if not any(group.rectified for group in trimmer.groups):
         progress.say("Network Trimming is left out: no ReLU follows any channel group")
         return result
-    variants = [("network_trimming", "Network Trimming", settings.trimming)]
+    variants = [("network_trimming", "Network Trimming (NT)", settings.trimming)]
     if trim.repair.compensation != settings.trimming.compensation:
         repaired = replace(settings.trimming, compensation=trim.repair.compensation)
-        variants.append(("network_trimming_repaired", "Network Trimming, repaired", repaired))
+        variants.append(("network_trimming_repaired", "NT, repaired", repaired))
     for name, label, chosen in variants:
         with progress.updates(label, max(1, retraining.updates)) as show:
             made = network_trimming(trimmer, settings=chosen, progress=show, **common)

@@ -84,8 +84,10 @@ def test_uniform_keeps_one_share_within_the_budget(budget: float, unit: str, tri
     assert share(counts, unit) <= budget
     low = max((counts[name] - 1) / width for name, width in WIDTHS.items() if counts[name] > 1)
     assert low < min((counts[name] + 1) / width for name, width in WIDTHS.items())
+    narrower = [name for name in WIDTHS if counts[name] < WIDTHS[name]]
+    assert bool(narrower) == (budget < 1)
+    assert not narrower or any(share({**counts, name: counts[name] + 1}, unit) > budget for name in narrower)
     for name in WIDTHS:
-        assert budget == 1.0 or share({**counts, name: counts[name] + 1}, unit) > budget or counts[name] == WIDTHS[name]
         best_first = trimmer.pristine.orders[name][: counts[name]]
         assert set(schedule.plan[name]) == {int(channel) for channel in best_first}
     assert (schedule.retrain_updates, schedule.seed, schedule.made_by) == (23, 4, "uniform")
@@ -286,7 +288,7 @@ def test_the_trimmers_statistics_are_those_of_the_hand_computation(trimmer: Trim
 
 def test_repair_settings_of_the_caller_do_not_choose_the_channels(task: PruningTask, trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(max_rounds=2)
-    other = Trimmer(task, RepairSettings(criterion="l1", compensation="mean"))
+    other = Trimmer(task, RepairSettings(criterion="l1", compensation="fold_mean"))
     plans = [
         network_trimming(each, budget=0.3, retraining=NONE, settings=settings).schedule for each in (trimmer, other)
     ]

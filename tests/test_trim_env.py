@@ -69,7 +69,10 @@ def lenet_cost(widths: Any, size: int) -> dict[str, int]:
     side = maps[1] // 2
     return {
         "params": first * 26 + second * (first * 25 + 1) + hidden * (second * side**2 + 1) + 10 * (hidden + 1),
-        "macs": maps[0] ** 2 * first * 25 + maps[1] ** 2 * second * first * 25 + hidden * second * side**2 + 10 * hidden,
+        "macs": maps[0] ** 2 * first * 25
+        + maps[1] ** 2 * second * first * 25
+        + hidden * second * side**2
+        + 10 * hidden,
     }
 
 
