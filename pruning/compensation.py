@@ -26,19 +26,35 @@ IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Substitute:
-    """X_S ≈ X_K B + c.
+class Repair:
+    """What a layer gains for the inputs it lost.
 
     Attributes:
-        mixing: (kept, removed) B, or None for zero.
-        constant: (removed,) c, or None for zero.
+        weight: (kept, columns) B W_S, added to the weights of the kept inputs; None for zero.
+        constant: (columns,) c W_S, added to the output; None for zero.
     """
 
-    mixing: FloatArray | None
+    weight: FloatArray | None
     constant: FloatArray | None
 
 
-Substitution = Callable[[ConsumerStatistics, IntArray, IntArray, bool], Substitute]
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """What a layer lost.
+
+    Attributes:
+        statistics: Moments of the layer's whole input.
+        kept: Gram features that stay.
+        removed: Gram features that leave.
+        weight: (removed, columns) W_S; columns = outputs × taps (or shared positions).
+        constant: Whether the layer can absorb a constant.
+    """
+
+    statistics: ConsumerStatistics
+    kept: IntArray
+    removed: IntArray
+    weight: FloatArray
+    constant: bool
 
 
 @dataclass(frozen=True)
@@ -47,24 +63,29 @@ class Compensation:
 
     Attributes:
         name: As typed by users.
-        substitute: (input statistics, kept, removed, whether a constant can be absorbed) -> `Substitute`;
-            None leaves the cut as it is.
+        repair: What a layer gains for what it lost; None leaves the cut as it is.
         description: One sentence.
     """
 
     name: str
-    substitute: Substitution | None
+    repair: Callable[[Loss], Repair] | None
     description: str
 
 
-def _fold_mean(stats: ConsumerStatistics, kept: IntArray, removed: IntArray, constant: bool) -> Substitute:
-    return Substitute(None, stats.mean[removed])
+def _fold_mean(loss: Loss) -> Repair:
+    return Repair(None, _times(loss.statistics.mean[loss.removed], loss.weight))
 
 
-def _least_squares(stats: ConsumerStatistics, kept: IntArray, removed: IntArray, constant: bool) -> Substitute:
-    mixing = solve_mixing(covariance(stats, constant), kept, removed)
-    offset = stats.mean[removed] - stats.mean[kept] @ mixing if constant else None
-    return Substitute(mixing, offset)
+def _times(row: FloatArray, matrix: FloatArray) -> FloatArray:
+    """Multiply in torch, whose threads are in use anyway."""
+    return (torch.from_numpy(row) @ torch.from_numpy(matrix)).numpy()
+
+
+def _least_squares(loss: Loss) -> Repair:
+    moment, mean = covariance(loss.statistics, loss.constant), loss.statistics.mean
+    weight = solve_mixing(moment, loss.kept, loss.removed, loss.weight)
+    constant = _times(mean[loss.removed], loss.weight) - _times(mean[loss.kept], weight) if loss.constant else None
+    return Repair(weight, constant)
 
 
 COMPENSATIONS: dict[str, Compensation] = {
@@ -102,8 +123,8 @@ def compensate(
         statistics: `measure` of `network`, with second moments unless `method` is "delete".
         method: Name from `COMPENSATIONS`.
     """
-    substitute = get_compensation(method).substitute
-    if substitute is None:
+    repair = get_compensation(method).repair
+    if repair is None:
         return
     plan = plan.completed(groups)
     tensors = named_tensors(network)
@@ -115,7 +136,7 @@ def compensate(
             raise UserError(f"compensation {method!r} needs second moments; call measure(..., grams=True)")
         stats = statistics.consumers[name]
         outputs = entries.get(f"{name}.weight", {}).get(_output_dim(before[name]))
-        _repair_layer(before[name], after[name], stats, removed_inputs, outputs, substitute, norm and after[norm])
+        _repair_layer(before[name], after[name], stats, removed_inputs, outputs, repair, norm and after[norm])
 
 
 def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tuple[str, IntArray, str | None]]:
@@ -144,7 +165,7 @@ def _repair_layer(
     stats: ConsumerStatistics,
     removed_inputs: IntArray,
     outputs: Tensor | None,
-    substitute: Substitution,
+    repair: Callable[[Loss], Repair],
     norm: Any,
 ) -> None:
     features = len(stats.mean)
@@ -153,20 +174,18 @@ def _repair_layer(
     kept = np.setdiff1d(np.arange(features), removed)
     if isinstance(norm, nn.Module) and getattr(norm, "running_mean", None) is None:
         norm = None
-    result = substitute(stats, kept, removed, old.bias is not None or norm is not None)
     weight = old.weight if outputs is None else old.weight.index_select(_output_dim(old), outputs.to(old.weight.device))
     matrix = weight_matrix(old, weight, features)  # (features, outputs × taps)
+    gained = repair(Loss(stats, kept, removed, matrix[removed], old.bias is not None or norm is not None))
     with torch.no_grad():
-        if result.mixing is not None:
-            repaired = matrix[kept] + result.mixing @ matrix[removed]
-            new.weight.copy_(_as_weight(old, torch.from_numpy(repaired), new.weight))
-        if result.constant is not None:
-            lost = (result.constant @ matrix[removed]).reshape(weight.shape[_output_dim(old)], -1)
-            shift = torch.from_numpy(lost.sum(1))  # constants add up over taps and positions
+        if gained.weight is not None:
+            new.weight.copy_(_as_weight(old, torch.from_numpy(matrix[kept] + gained.weight), new.weight))
+        if gained.constant is not None:
+            shift = gained.constant.reshape(weight.shape[_output_dim(old)], -1).sum(1)  # over taps and positions
             if new.bias is not None:
-                new.bias.add_(shift.to(new.bias))
+                new.bias.add_(torch.from_numpy(shift).to(new.bias))
             elif norm is not None:
-                norm.running_mean.sub_(shift.to(norm.running_mean))
+                norm.running_mean.sub_(torch.from_numpy(shift).to(norm.running_mean))
 
 
 def _as_weight(layer: Any, matrix: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -71,9 +71,7 @@ def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Stati
 
 def covariance(stats: ConsumerStatistics, constant: bool) -> FloatArray:
     """Return Σ where the layer can absorb a constant, else the plain second moment (then c = 0 is optimal)."""
-    if not constant:
-        return stats.second_moment
-    return stats.second_moment - np.outer(stats.mean, stats.mean)
+    return stats.covariance if constant else stats.second_moment
 
 
 def input_width(layer: Any) -> int:
@@ -81,19 +79,38 @@ def input_width(layer: Any) -> int:
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
-def solve_mixing(moment: FloatArray, kept: NDArray[np.int64], removed: NDArray[np.int64]) -> FloatArray:
-    """Return B (kept, removed) = (Σ_KK + ridge)⁻¹ Σ_KS; falls back to a pseudo-inverse with a warning."""
-    block = moment[np.ix_(kept, kept)]
-    right = moment[np.ix_(kept, removed)]
-    ridge = RELATIVE_RIDGE * max(float(np.trace(block)) / len(kept), 1e-30)
-    block = block + ridge * np.eye(len(kept))
-    try:
-        return np.asarray(scipy.linalg.cho_solve(scipy.linalg.cho_factor(block, check_finite=False), right))
-    except np.linalg.LinAlgError:
+def solve_mixing(
+    moment: FloatArray,
+    kept: NDArray[np.int64],
+    removed: NDArray[np.int64],
+    weight: FloatArray | None = None,
+) -> FloatArray:
+    """Return B = (Σ_KK + ridge)⁻¹ Σ_KS; falls back to a pseudo-inverse with a warning.
+
+    Args:
+        moment: (F, F) Σ.
+        kept: K.
+        removed: S.
+        weight: (removed, columns) W_S; when given, B W_S (kept, columns) is returned instead of B.
+    """
+    # in torch throughout: numpy's own BLAS threads, spinning beside PyTorch's, made this 20 times slower
+    moments, keep, gone = torch.from_numpy(moment), torch.from_numpy(kept), torch.from_numpy(removed)
+    rows = moments.index_select(0, keep)
+    block, right = rows.index_select(1, keep), rows.index_select(1, gone)
+    late = weight is not None and weight.shape[1] > len(removed)  # fewer right-hand sides: multiply afterwards
+    if weight is not None and not late:
+        right = right @ torch.from_numpy(weight)
+    ridge = RELATIVE_RIDGE * max(float(block.trace()) / len(kept), 1e-30)
+    block.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(block)
+    if int(failed):
         warnings.warn(
             f"the least-squares system of {len(kept)} features is singular; its pseudo-inverse is used", stacklevel=2
         )
-        return np.asarray(np.linalg.pinv(block, hermitian=True) @ right)
+        solution = torch.linalg.pinv(block, hermitian=True) @ right
+    else:
+        solution = torch.cholesky_solve(right, factor)
+    return (solution @ torch.from_numpy(weight) if late and weight is not None else solution).numpy()
 
 
 def greedy_order(problems: Sequence[ConsumerProblem]) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ per reading layer with F Gram features (see `ConsumerStatistics`), F <= `GRAM_LI
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,11 @@ class ConsumerStatistics:
     mean: FloatArray
     second_moment: FloatArray
     rows: int
+
+    @cached_property
+    def covariance(self) -> FloatArray:
+        """(F, F) E[x xᵀ] − E[x] E[x]ᵀ."""
+        return self.second_moment - np.outer(self.mean, self.mean)
 
 
 @dataclass(frozen=True, eq=False)

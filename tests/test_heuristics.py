@@ -1,5 +1,6 @@
 """Uniform and Network Trimming: the published rule by hand, the budget, the exact number of updates, and replay."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -193,7 +194,7 @@ def test_progress_counts_to_the_total(trimmer: Trimmer) -> None:
 def test_rounds_are_nested(trained: NetworkTrimmingResult) -> None:
     plans = [entry.plan for entry in trained.schedule.rounds]
     assert len(plans) > 1
-    for earlier, later in zip(plans, plans[1:], strict=False):
+    for earlier, later in itertools.pairwise(plans):
         assert all(set(later[name]) <= set(earlier[name]) for name in WIDTHS)
         assert later != earlier
     assert len(trained.mean_apoz) == len(plans) + 1

@@ -186,11 +186,14 @@ def test_never_more_evaluations_than_allowed(limit: int, rounds: int, task: Prun
     settings = replace(QUICK, compare=False, trim=replace(QUICK.trim, rounds=rounds), max_evaluations=limit)
     result = search(task, settings=settings)
     rows = result.history.rows
-    assert limit - (limit % rounds) <= len(rows) <= limit
+    assert len(result.history.finished) == limit // rounds
+    assert len(result.schedule.rounds) == rounds
+    assert len(rows) <= limit
+    if limit % rounds:
+        return  # the last episode with noise may be left unfinished
     assert [row.round for row in rows] == [1 + place % rounds for place in range(len(rows))]
     assert [row.reward is not None for row in rows] == [(place + 1) % rounds == 0 for place in range(len(rows))]
     assert [row.episode for row in rows] == [1 + place // rounds for place in range(len(rows))]
-    assert len(result.schedule.rounds) == rounds
 
 
 def test_minutes_end_the_search(task: PruningTask) -> None:
@@ -227,7 +230,6 @@ def test_other_algorithms_by_name(algorithm: str, task: PruningTask) -> None:
         (LearnerSettings(algorithm="DQN"), "DQN must work with one continuous action"),
         (LearnerSettings(algorithm="MaskablePPO"), "MaskablePPO must work with one continuous action"),
         (LearnerSettings(arguments={"n_epoch": 3}), "got 'n_epoch'; did you mean 'n_epochs'"),
-        (LearnerSettings(arguments={"self": 3}), "got 'self'"),
         (LearnerSettings(arguments={"policy": "CnnPolicy"}), "got 'policy'"),
     ],
 )
@@ -270,8 +272,6 @@ def test_impossible_requests_are_refused_before_any_work(
 
 
 def test_the_noise_follows_its_schedule(task: PruningTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunegym.agent import search as module
-
     seen: list[tuple[float, float]] = []
 
     def recording(learner: Any, settings: LearnerSettings) -> Callable[[float], None]:
@@ -285,7 +285,6 @@ def test_the_noise_follows_its_schedule(task: PruningTask, monkeypatch: pytest.M
         return set_noise
 
     monkeypatch.setitem(search.__globals__, "noise_setter", recording)
-    assert module is not None
     learner = LearnerSettings(episodes_per_update=4, noise_start=-0.5, noise_end=-2.5, hidden=[8])
     result = search(task, settings=replace(QUICK, learner=learner, compare=False, max_evaluations=21))
     assert [spent for spent, _ in seen] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])  # 20 with noise, the last without
@@ -333,7 +332,7 @@ def test_the_search_climbs_a_known_landscape(task: PruningTask, monkeypatch: pyt
     rows = result.history.rows
     found = max(row.accuracy for row in rows)
     assert found <= best
-    assert best - found < 0.1 * (best - np.mean(random))
+    assert best - found < 0.05 * (best - np.mean(random))
     late = np.mean([row.accuracy for row in rows[-30:]])
     assert late > np.mean([row.accuracy for row in rows[:30]])
     assert late > np.mean(random)
@@ -354,7 +353,7 @@ def test_save_writes_a_run_folder_and_refuses_a_full_one(run: tuple[SearchResult
     assert Schedule.load(folder / "schedule.json") == result.schedule
     with zipfile.ZipFile(folder / "policy.zip") as archive:
         assert "policy.pth" in archive.namelist()
-    with pytest.raises(UserError, match="needs an empty folder, but .*saved holds files"):
+    with pytest.raises(UserError, match=r"needs an empty folder, but .*saved holds files"):
         result.save(folder)
 
 

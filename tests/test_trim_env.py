@@ -7,7 +7,6 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +15,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from numpy.typing import NDArray
+from prunegym.agent.learner import make_environments
 from prunegym.envs import FEATURES, TRIM, RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.envs.observation import GroupObservation
@@ -478,7 +478,8 @@ def test_spawned_workers_give_the_same_rewards(task: PruningTask, trimmer: Trimm
     plans = np.array([[0.9, -0.9, 0.2], [-0.6, 0.8, -0.3]])
     single = TrimEnv(trimmer=trimmer)
     expected = [[reward for _, reward, _ in episode(single, plan)[1:]] for plan in plans]
-    workers = SubprocVecEnv([partial(TrimEnv, task, TrimSettings())] * 2, start_method="spawn")
+    workers = make_environments(task, TrimSettings(), trimmer, workers=2, seed=0)
+    assert isinstance(workers, SubprocVecEnv)
     try:
         workers.reset()
         rewards = [workers.step(plans[:, place, None].astype(np.float32))[1] for place in range(3)]

@@ -1,0 +1,240 @@
+"""The command line in-process: exit codes, one-line mistakes, and a search that `apply` rebuilds to the bit."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from prunegym.agent.cli import main, shipped_configs
+from prunegym.pruning.splits import SealedSplit
+from prunegym.pruning.trimmer import Trimmer
+from safetensors.torch import load_file
+
+TINY = """
+name: tiny
+threads: 1
+task:
+  network: lenet_small
+  data: digits
+  splits: {reward: 200, selection: 100}
+  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
+search:
+  max_evaluations: 6
+  candidates: 2
+  learner: {episodes_per_update: 3, hidden: [8]}
+  trim:
+    budget: 0.3
+    retraining: {updates: 5, batch_size: 32, learning_rate: 0.01}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # the configurations set it
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that runs a command which must fail at once, and returns the one line it said."""
+    monkeypatch.setattr(Trimmer, "trim", lambda *_, **__: pytest.fail("a network was cut"))
+
+    def run(*arguments: str, untrained: bool = True) -> str:
+        if untrained:
+            monkeypatch.setattr("prunegym.pruning.prepare.retrain", lambda *_, **__: pytest.fail("training began"))
+        capsys.readouterr()
+        assert main(list(arguments)) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in said if not re.search(r"\d+%\|", line)]  # without progress bars
+        assert len(lines) == 1, said
+        assert lines[0].startswith("prunegym: ")
+        assert "Traceback" not in lines[0]
+        return lines[0]
+
+    return run
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serch"], ["'serch'", "did you mean 'search'"]),
+        (["search", "quickstar"], ["configuration file quickstar does not exist", "did you mean 'quickstart'"]),
+        (["search", "absent/nothing.yaml"], ["configuration file absent/nothing.yaml does not exist"]),
+        (["search", "quickstart", "--budgt", "0.3"], ["--budgt", "did you mean 'budget'"]),
+        (
+            ["search", "quickstart", "--search.trim.rouns", "2"],
+            ["search.trim.rouns", "did you mean 'search.trim.rounds'"],
+        ),
+        (["search", "quickstart", "--search.trim.rounds", "two"], ["search.trim.rounds", "two"]),
+        (["search", "quickstart", "--budget", "much"], ["budget", "much"]),
+        (["search", "quickstart", "--search.max_evaluations", "0"], ["max_evaluations", "at least 1", "0"]),
+        (["search", "quickstart", "--max_evaluations", "0"], ["max_evaluations", "at least 1", "0"]),
+        (["search", "quickstart", "--device", "gpu"], ["device must be auto, cpu or cuda", "'gpu'"]),
+        (["search", "quickstart", "--task.network", "lenet_smal"], ["'lenet_smal'", "did you mean 'lenet_small'"]),
+        (["search", "quickstart", "--task.data", "digit"], ["'digit'", "did you mean 'digits'"]),
+        (["search", "quickstart", "--search.trim.repair.criterion", "apoc"], ["'apoc'", "did you mean 'apoz'"]),
+        (["search", "quickstart", "--search.trim.reward.objective", "budge"], ["'budge'", "did you mean 'budget'"]),
+        (["search", "quickstart", "--task.training.updates", "0"], ["untrained network", "--task.weights"]),
+        (["search", "quickstart", "--task.weights", "absent.safetensors"], ["absent.safetensors"]),
+        (["search", "lenet_mnist"], ["mnist", "--data_root"]),
+        (["apply"], ["run"]),
+        (["apply", "absent"], ["schedule.json", "absent"]),
+        (["apply", "absent", "--shedule", "x"], ["--shedule", "did you mean 'schedule'"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_helps(arguments: list[str], words: list[str], refused: Callable[..., str]) -> None:
+    line = refused(*arguments)
+    for word in words:
+        assert word.lower() in line.lower()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("budget: 0.3", "bugdet: 0.3", ["search.trim.bugdet", "did you mean 'search.trim.budget'"]),
+        ("candidates: 2", "candidate: 2", ["search.candidate", "did you mean 'search.candidates'"]),
+        ("task:", "taks:", ["taks", "did you mean 'task'"]),
+        ("updates: 5", "updates: five", ["updates", "five"]),
+        ("budget: 0.3", "action: scores", ["'scores'", "did you mean 'score'"]),
+        ("episodes_per_update: 3", "algorithm: PPP", ["'PPP'", "did you mean 'PPO'"]),
+        ("name: tiny", "name: [", ["tiny.yaml"]),
+    ],
+)
+def test_a_mistake_in_the_file(old: str, new: str, words: list[str], config: Path, refused: Callable[..., str]) -> None:
+    assert TINY.count(old) == 1
+    config.write_text(TINY.replace(old, new))
+    line = refused("search", str(config), untrained=False)
+    for word in words:
+        assert word in line
+
+
+def test_missing_data_names_folder_and_option(refused: Callable[..., str], tmp_path: Path) -> None:
+    line = refused("search", "lenet_mnist", "--data_root", str(tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in line
+    assert "--data_root" in line
+
+
+def test_an_unreachable_budget_ends_before_any_training(refused: Callable[..., str], config: Path) -> None:
+    line = refused("search", str(config), "--budget", "0.0001")
+    assert "smallest reachable budget" in line
+
+
+def test_a_full_output_folder_ends_before_any_training(
+    refused: Callable[..., str], config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    line = refused("search", str(config), "--output", str(tmp_path / "mine"))
+    assert "empty folder" in line
+    assert "--output" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_refused_search_leaves_no_run_folder(refused: Callable[..., str], config: Path, tmp_path: Path) -> None:
+    refused("search", str(config), "--budget", "0.0001", untrained=False)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("search", "apply", *shipped_configs()))
+    assert main([]) == 2
+    for command, options in (("search", ("--budget", "--search.learner.algorithm")), ("apply", ("--schedule",))):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        said = capsys.readouterr().out
+        assert all(option in said for option in options)
+
+
+@pytest.mark.parametrize("name", [*shipped_configs(), "quickstart.yaml"])
+def test_shipped_configurations_are_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def stop(settings: object, **_: object) -> None:
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunegym.agent.cli.prepare_task", stop)
+    assert main(["search", name]) == 130
+    assert len(seen) == 1
+
+
+def test_shipped_configurations_are_some() -> None:
+    assert {"quickstart", "lenet_mnist"} <= set(shipped_configs())
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+def test_search_then_apply(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    look = SealedSplit.open
+
+    def recording(self: SealedSplit, reason: str) -> object:
+        opened.append(reason)
+        return look(self, reason)
+
+    monkeypatch.setattr(SealedSplit, "open", recording)
+    assert main(["search", str(config), "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    run = tmp_path / "runs" / "tiny-1"
+    assert str(run.relative_to(tmp_path)) in said
+    assert "agent" in said
+    results = json.loads((run / "results.json").read_text())
+    assert (results["evaluations"], results["seed"], results["budget"]) == (6, 3, 0.3)
+    assert "search" in (run / "command.txt").read_text()
+    assert json.loads((run / "seeds.json").read_text())["root"] == 3
+    assert len(opened) == 1
+
+    assert main(["apply", str(run)]) == 0
+    made = tmp_path / "runs" / "apply-1"
+    first, again = (load_file(folder / "pruned.safetensors") for folder in (run, made))
+    assert list(first) == list(again)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert (made / "schedule.json").read_text() == (run / "schedule.json").read_text()
+
+    assert main(["apply", str(made), "--output", str(tmp_path / "third")]) == 0  # what apply made is a run too
+    third = load_file(tmp_path / "third" / "pruned.safetensors")
+    assert all(torch.equal(first[name], third[name]) for name in first)
+
+    edited = json.loads((run / "schedule.json").read_text())
+    edited["rounds"][0]["keep"]["fc1"] = [0, 5, 9]
+    (tmp_path / "mine.json").write_text(json.dumps(edited))
+    assert main(["apply", str(run), "--schedule", str(tmp_path / "mine.json"), "--output", "edited"]) == 0
+    changed = load_file(tmp_path / "edited" / "pruned.safetensors")
+    assert changed["fc1.weight"].shape[0] == 3
+    assert changed["conv1.weight"].shape == first["conv1.weight"].shape
+    assert len(opened) == 1  # `apply` does not look at the test split
+
+    edited["rounds"][0]["keep"]["fc7"] = [0]
+    (tmp_path / "mine.json").write_text(json.dumps(edited))
+    capsys.readouterr()
+    assert main(["apply", str(run), "--schedule", str(tmp_path / "mine.json"), "--output", "broken"]) == 2
+    assert "'fc7'; did you mean 'fc1'" in capsys.readouterr().err
+
+
+def test_a_value_on_the_command_line_beats_the_file(config: Path, tmp_path: Path) -> None:
+    arguments = ["--search.trim.budget", "0.5", "--search.compare", "false", "--max_evaluations", "2"]
+    assert main(["search", str(config), *arguments, "--output", "here"]) == 0
+    results = json.loads((tmp_path / "here" / "results.json").read_text())
+    assert (results["budget"], results["evaluations"]) == (0.5, 2)
+    assert [entry["name"] for entry in results["finalists"]] == ["original", "agent"]
+    assert main(["search", str(config), *arguments, "--budget", "0.4", "--output", "there"]) == 0
+    assert json.loads((tmp_path / "there" / "results.json").read_text())["budget"] == 0.4
+    assert len(list((tmp_path / "cache" / "prunegym").glob("*.safetensors"))) == 1  # trained once
