@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from .. import configs
+from ..envs.trim import check_request
 from ..pruning.errors import UserError, closest
 from ..pruning.prepare import prepare_task
 from ..pruning.schedule import Schedule, build
@@ -62,15 +63,19 @@ def search_command(arguments: list[str]) -> int:
     parser.add_argument("--config", action="config", help="YAML file; options given after it replace its values")
     parser.add_class_arguments(SearchConfig)
     namespace = _parse(parser, _with_config(arguments))
-    text = parser.dump(namespace, skip_none=False)
+    text = parser.dump(namespace, skip_unset=False)
     given = parser.instantiate(namespace)
     config = resolve(SearchConfig(**{key: value for key, value in vars(given).items() if key != "config"}))
     progress = Progress(enabled=True)
     run = RunFolder.create(config.output) if config.output else RunFolder.next_free(config.name)
     seeds = {name: derive_seed(config.search.seed, name) for name in ("task", "repair", "learner")}
     run.write_start(text, ["prunegym", "search", *arguments], {"root": config.search.seed, **seeds})
+    try:
+        task = _task(config, progress)
+    except UserError:
+        run.discard()  # nothing was computed yet
+        raise
     progress.say(f"run folder: {run.path}")
-    task = _task(config, progress)
     result = search(task, settings=config.search, run_folder=run, progress=progress)
     console = Console(highlight=False)
     console.width = max(80, console.width)
@@ -166,7 +171,11 @@ def _task(config: SearchConfig, progress: Progress) -> PruningTask:
         torch.set_num_threads(config.threads)
     with progress.updates("train network", max(1, config.task.training.updates)) as show:
         return prepare_task(
-            config.task, seed=derive_seed(config.search.seed, "task"), device=config.device, progress=show
+            config.task,
+            seed=derive_seed(config.search.seed, "task"),
+            device=config.device,
+            progress=show,
+            check=lambda network, example: check_request(network, example, config.search.trim),
         )
 
 
@@ -188,7 +197,8 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), parser)) from error
+        where = arguments[1] if arguments[:1] == ["--config"] else ""
+        raise UserError(_explain(str(error), parser, where)) from error
 
 
 def _parse_text(parser: ArgumentParser, text: str) -> Any:
@@ -198,10 +208,10 @@ def _parse_text(parser: ArgumentParser, text: str) -> Any:
         raise UserError(_explain(str(error), parser)) from error
 
 
-def _explain(message: str, parser: ArgumentParser) -> str:
+def _explain(message: str, parser: ArgumentParser, where: str = "") -> str:
     """Add the nearest known option to what the parser says of an unknown one."""
     known = [action.dest for action in parser._actions]
-    message = " ".join(message.split())
+    message = " ".join(message.split()).replace('"<unicode string>"', where or "the configuration")
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)", message)
     if unknown:
         return f"unknown option --{unknown[1]}{_near(unknown[1], known)}"
@@ -209,7 +219,7 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if group:
         name = f"{group[1]}.{group[2]}"
         return f"unknown key {name!r} in the configuration{_near(name, known)}"
-    key = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", message)
+    key = re.search(r"(?:[Kk]ey|[Oo]ption) '?([\w.]+)'? is not (?:expected|accepted)", message)
     if key:
         return f"unknown key {key[1]!r} in the configuration{_near(key[1], known)}"
     return message
@@ -217,6 +227,10 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 
 def _near(name: str, known: list[str]) -> str:
     """Name the nearest option: by the last part of the name first, then by the whole."""
+    first, _, rest = name.partition(".")
+    sections = {option.partition(".")[0] for option in known}
+    if rest and first not in sections:
+        return closest(first, sections)
     folder, _, last = name.rpartition(".")
     beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == folder]
     hint = closest(last, beside) if beside else ""

@@ -153,6 +153,10 @@ class SearchCallback(BaseCallback):
         """Take in an episode that was played outside of learning."""
         for place, info in enumerate(infos):
             self._record(-1, info, reward, place + 1 == len(infos))
+        self.logger.dump(self.num_timesteps)
+
+    def _on_training_end(self) -> None:
+        self.logger.dump(self.num_timesteps)  # the last rollout, which no update follows
 
     def _record(self, worker: int, info: dict[str, Any], reward: float, done: bool) -> None:
         place = self._rounds.get(worker, 0) + 1

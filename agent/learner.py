@@ -81,7 +81,7 @@ def make_learner(
             hint += "; sb3-contrib is not installed (pip install 'prunegym[contrib]')"
         raise UserError(f"algorithm must be a known name, but got {settings.algorithm!r}{hint}")
     kind = known[settings.algorithm]
-    accepted = inspect.signature(kind.__init__).parameters
+    accepted = set(inspect.signature(kind.__init__).parameters) - {"self", "policy", "env"}
     for name in settings.arguments:
         if name not in accepted:
             raise UserError(
@@ -135,12 +135,13 @@ def noise_setter(learner: BaseAlgorithm, settings: LearnerSettings) -> Callable[
     """Return a function that sets the policy's noise for a share of the search, or None where it has none.
 
     A learned standard deviation moves too slowly within a few hundred episodes, and a constant one keeps the best
-    plans from being tried; so the noise follows a schedule and is not trained.
+    plans from being tried; so the noise follows a schedule and, where the algorithm allows, is not trained.
     """
     log_std = getattr(learner.policy, "log_std", None)
     if not isinstance(log_std, torch.nn.Parameter):
         return None
-    log_std.requires_grad_(False)
+    if type(learner).__name__ != "TRPO":  # which needs the gradient of every parameter
+        log_std.requires_grad_(False)
 
     def set_noise(spent: float) -> None:
         with torch.no_grad():

@@ -31,6 +31,8 @@ PACKAGES = (
     "scipy", "scikit-learn", "safetensors",
 )  # fmt: skip
 
+STARTED = ("config.yaml", "command.txt", "versions.json", "seeds.json")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -78,6 +80,13 @@ class RunFolder:
             if not (folder / name).is_file():
                 raise UserError(f"a run folder holds {name}, but {folder} has none")
         return cls(folder)
+
+    def discard(self) -> None:
+        """Remove what `write_start` wrote, and the folder if it is empty then."""
+        for name in STARTED:
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def write_start(self, config: str, command: Sequence[str], seeds: Mapping[str, int]) -> None:
         """Write what decides the run: resolved config (YAML), command, versions, seeds."""

@@ -165,11 +165,16 @@ def _resolve(
     trim = replace(
         trim,
         budget=trim.budget if budget is None else budget,
-        budget_unit=budget_unit or trim.budget_unit,
+        budget_unit=trim.budget_unit if budget_unit is None else budget_unit,
         repair=replace(trim.repair, seed=derive_seed(seed, "repair")),
         retraining=replace(trim.retraining, updates=updates),
     )
-    return replace(settings, trim=trim, seed=seed, max_evaluations=max_evaluations or settings.max_evaluations)
+    return replace(
+        settings,
+        trim=trim,
+        seed=seed,
+        max_evaluations=settings.max_evaluations if max_evaluations is None else max_evaluations,
+    )
 
 
 def _learn(

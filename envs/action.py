@@ -5,6 +5,7 @@ Actions are numbers in [-1, 1], one per group. 1 keeps most (score, ratio) or tr
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -60,9 +61,8 @@ class ActionRule(ABC):
         return np.ones(len(subject.groups), dtype=np.int64)
 
     def check(self, budget: float | None, unit: str) -> None:
-        """Refuse a budget that the rule cannot meet, before anything runs."""
-        if budget is not None:
-            self.model.check_budget(budget, unit)
+        """Refuse a budget that the rule cannot meet, or an unknown unit, before anything runs."""
+        self.model.check_budget(1.0 if budget is None else budget, unit)
 
 
 class ScoreAction(ActionRule):
@@ -115,7 +115,7 @@ class RatioAction(ActionRule):
         counts = self.smallest(subject)
         keep = self.requested(actions, subject)
         for place, share in enumerate(keep):
-            counts[place] = max(1, round(float(share) * int(present[place])))
+            counts[place] = _whole(share * present[place])
             if target.share is not None:
                 counts[place] = self._clip(counts, place, target)
         counts[len(keep) :] = present[len(keep) :]
@@ -123,7 +123,7 @@ class RatioAction(ActionRule):
 
     def smallest(self, subject: Subject) -> CountArray:
         """Return what the largest trim leaves, at least one channel each."""
-        return np.maximum(1, np.floor((1 - self.largest_trim) * _widths(subject) + 0.5)).astype(np.int64)
+        return _whole((1 - self.largest_trim) * _widths(subject))
 
     def _clip(self, counts: CountArray, place: int, target: RoundTarget) -> int:
         """Return the most channels, up to those asked for, with which the rest could still meet the budget."""
@@ -139,9 +139,7 @@ class RatioAction(ActionRule):
     def check(self, budget: float | None, unit: str) -> None:
         """Also refuse what the largest trim cannot reach."""
         super().check(budget, unit)
-        widths = self.model.widths
-        smallest = np.maximum(1, np.floor((1 - self.largest_trim) * widths + 0.5)).astype(np.int64)
-        least = self.model.share(smallest, unit)
+        least = self.model.share(_whole((1 - self.largest_trim) * self.model.widths), unit)
         if budget is not None and least > budget:
             raise UserError(
                 f"budget must be reachable by trimming {self.largest_trim:.0%} of each group, which leaves {least:.6f} "
@@ -188,6 +186,11 @@ def make_action_rule(name: str, model: CostModel, *, score_scale: float, largest
     if name == "threshold":
         return ThresholdAction(model)
     raise UserError(f"action must be a known name, but got {name!r}{closest(name, ('score', 'ratio', 'threshold'))}")
+
+
+def _whole(channels: Any) -> Any:
+    """Round to whole channels, halves up, at least one; a number or an array."""
+    return np.maximum(1, np.floor(channels + 0.5)).astype(np.int64)
 
 
 def _widths(subject: Subject) -> CountArray:

@@ -6,8 +6,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from ..pruning.cost import CostModel
 from ..pruning.errors import UserError
+from ..pruning.groups import find_groups
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import round_seed
@@ -143,13 +146,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         if self.trimmer.settings != self.settings.repair:
             raise UserError("a shared trimmer must have the environment's repair settings, but they differ")
         model = self.trimmer.cost_model
-        self._rule: ActionRule = make_action_rule(
-            self.settings.action,
-            model,
-            score_scale=self.settings.score_scale,
-            largest_trim=self.settings.largest_trim,
-        )
-        self._rule.check(self.settings.budget, self.settings.budget_unit)
+        self._rule = checked_rule(model, self.settings)
         self._observation = GroupObservation(model)
         self._reward = Reward(self.settings.reward)
         self.observation_space: gym.spaces.Box = self._observation.space()  # type: ignore[assignment]
@@ -158,6 +155,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._budget = self.settings.budget
         self._subject: Subject | None = None
         self._actions: list[float] = []
+        self._previous = 0.0
         self._plans: list[PruningPlan] = []
         self._score: Trimmed | None = None
         self._seed = self.settings.repair.seed
@@ -172,7 +170,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._rule.check(budget, self.settings.budget_unit)
         self._budget = budget
         self._subject = self.trimmer.pristine
-        self._actions, self._plans, self._score = [], [], None
+        self._actions, self._plans, self._score, self._previous = [], [], None, 0.0
         return self._observe(), {"group": self._subject.groups[0].name}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -181,7 +179,8 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             raise gym.error.ResetNeeded("call reset() before step()")
         if len(self._plans) == self.settings.rounds:
             raise gym.error.ResetNeeded("the episode has ended; call reset()")
-        self._actions.append(_scalar(action))
+        self._previous = _scalar(action)
+        self._actions.append(self._previous)
         info: dict[str, Any] = {"group": self._subject.groups[len(self._actions) - 1].name}
         reward, terminated = 0.0, False
         if len(self._actions) == len(self._subject.groups):
@@ -295,7 +294,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
                 target=target.share or 0.0,
                 spent=model.share(counts, unit),
                 reachable=model.share(least, unit),
-                previous_action=self._actions[-1] if self._actions else 0.0,
+                previous_action=self._previous,
                 accuracy_drop=drop,
             ),
         )
@@ -311,6 +310,25 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     def _kept(self, trimmed: Trimmed) -> float:
         unit = self.settings.budget_unit
         return trimmed.cost.of(unit) / self.trimmer.cost_model.full.of(unit)
+
+
+def checked_rule(model: CostModel, settings: TrimSettings) -> ActionRule:
+    """Return the rule that `settings` ask for; refuse a budget that it cannot meet.
+
+    Raises:
+        UserError: Unknown rule or unit, or an unreachable budget; the smallest reachable one is named.
+    """
+    rule = make_action_rule(
+        settings.action, model, score_scale=settings.score_scale, largest_trim=settings.largest_trim
+    )
+    rule.check(settings.budget, settings.budget_unit)
+    return rule
+
+
+def check_request(network: nn.Module, example_input: Tensor, settings: TrimSettings) -> None:
+    """Refuse impossible settings for a network that need not be trained yet; errors as in `checked_rule`."""
+    groups = find_groups(network, example_input)
+    checked_rule(CostModel(network, groups, example_input), settings)
 
 
 def _scalar(action: Any) -> float:

@@ -84,6 +84,9 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
         ) from error
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} must be JSON, but is not: {error}") from error
+    for key in ("sha256", "example_shape", "keep"):
+        if not isinstance(manifest, dict) or key not in manifest:
+            raise UserError(f"{folder / MANIFEST} must hold {key!r}, but does not; it was altered or is another file")
     if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
         raise UserError(
             f"{folder / WEIGHTS} must be the file that was saved, but its SHA-256 differs; it was altered or cut off"

@@ -26,8 +26,9 @@ def solve_counts(
 ) -> CountArray:
     """Return how many channels stay in each group so that the cost meets the budget from below.
 
-    The result costs at most `budget`; one more channel, in at least one group that is not yet whole, would
-    exceed it (or everything stays). Every group keeps at least one channel.
+    The result costs at most `budget` and lies within one channel of the exact shares; one more channel, in at least
+    one group that is not yet whole, would exceed the budget. Every group keeps at least one channel. In a network of
+    few channels a share of the budget may stay unspent: filling it up would no longer be the plan that was asked for.
 
     Args:
         model: Cost model of the network.

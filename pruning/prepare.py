@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .data import DataSplits, SplitSettings, load_data
 from .errors import UserError
@@ -72,6 +72,7 @@ def prepare_task(
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
+    check: Callable[[nn.Module, Tensor], None] | None = None,
 ) -> PruningTask:
     """Load data and network, train it if no weights are given, and check the whole.
 
@@ -80,6 +81,7 @@ def prepare_task(
         seed: Of the initial weights and the training.
         device: Where training and the task run, e.g. "cpu" or "cuda".
         progress: Called with the number of training updates done.
+        check: Called with the network before it is trained, and one input (1, C, H, W); may refuse the request.
 
     Raises:
         UserError: Anything the user asked for does not exist or does not fit.
@@ -100,6 +102,8 @@ def prepare_task(
         arguments=settings.network_arguments,
         seed=seed,
     ).to(device)
+    if check is not None:
+        check(network, data.train.example().to(device))
     if settings.weights is not None:
         load_weights(network, settings.weights)
     else:

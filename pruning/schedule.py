@@ -101,7 +101,7 @@ class Schedule:
             tuple(rounds),
             repair=_settings(RepairSettings, data.get("repair", {}), "repair"),
             retraining=_settings(RetrainSettings, data.get("retraining", {}), "retraining"),
-            seed=int(data.get("seed", 0)),
+            seed=_whole(data.get("seed", 0)),
             made_by=str(data.get("made_by", "")),
         )
 
@@ -202,7 +202,19 @@ def _settings(kind: Any, data: Any, where: str) -> Any:
             raise UserError(
                 f"{where!r} of a schedule may only hold settings, but got {key!r}{closest(str(key), known)}"
             )
+    standard = kind()
+    for key, value in data.items():
+        wanted = type(getattr(standard, key))
+        fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            raise UserError(f"{key!r} in {where!r} of a schedule must be of type {wanted.__name__}, but got {value!r}")
     return kind(**data)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"the seed of a schedule must be a whole number from 0, but got {value!r}")
+    return value
 
 
 def _compact(text: str) -> str:

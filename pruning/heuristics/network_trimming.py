@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UserError, closest
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
-from ..schedule import BuiltRound, Round, Schedule, round_seed
+from ..schedule import BuiltRound, Round, Schedule, build, round_seed
 from ..trimmer import Subject, Trimmed, Trimmer
 
 Masks = dict[str, NDArray[np.bool_]]
@@ -141,14 +141,16 @@ def network_trimming(
         apoz.append(_mean_apoz(subject, targets))
         if met:
             break
-    assert trimmed is not None  # at least one round ran
     schedule = Schedule(
-        rounds=tuple(entries),
-        repair=repair,
-        retraining=replace(retraining, updates=0),
-        seed=seed,
+        rounds=tuple(entries), repair=repair, retraining=replace(retraining, updates=0), seed=seed,
         made_by="network_trimming",
-    )
+    )  # fmt: skip
+    if spent < retraining.updates:  # stopped by the accepted drop: the last round that stays gets what is left
+        final = replace(entries[-1], retrain_updates=entries[-1].retrain_updates + retraining.updates - spent)
+        schedule = replace(schedule, rounds=(*schedule.rounds[:-1], final))
+        built = build(trimmer, schedule, progress=progress)
+        return NetworkTrimmingResult(built.network, schedule, built.rounds, targets, tuple(apoz), forced)
+    assert trimmed is not None  # at least one round ran
     return NetworkTrimmingResult(trimmed.network, schedule, tuple(records), targets, tuple(apoz), forced)
 
 
