@@ -17,8 +17,7 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.statistics import measure
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn
-
-from .toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make, random_plan
+from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make, random_plan
 
 DOUBLE = torch.float64
 

@@ -14,8 +14,7 @@ from prunegym.pruning.groups import find_groups
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.surgery import apply_plan
 from torch import nn
-
-from .toys import TOYS, ToyConv, ToyMLP, images, make, random_plan
+from toys import TOYS, ToyConv, ToyMLP, images, make, random_plan
 
 
 def model_of(network: nn.Module, shape: tuple[int, ...]) -> tuple[CostModel, Any]:

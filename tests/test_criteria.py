@@ -12,8 +12,7 @@ from prunegym.pruning.groups import ChannelGroup, find_groups
 from prunegym.pruning.least_squares import consumer_problems
 from prunegym.pruning.statistics import GroupStatistics, Statistics, measure
 from torch import nn
-
-from .toys import TOYS, ToyConv, ToyMLP, images, labelled, make
+from toys import TOYS, ToyConv, ToyMLP, images, labelled, make
 
 
 def context_of(toy: Callable[[], Any], seed: int = 0) -> tuple[RankingContext, tuple[ChannelGroup, ...]]:

@@ -14,8 +14,7 @@ from prunegym.pruning.groups import ChannelGroup, find_groups, shrink_groups, su
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn
-
-from .toys import TOYS, ToyConv, ToyResidual, images, make, random_plan
+from toys import TOYS, ToyConv, ToyResidual, images, make, random_plan
 
 
 def by_name(groups: Any) -> dict[str, ChannelGroup]:

@@ -9,8 +9,7 @@ import pytest
 from prunegym.pruning.errors import UserError
 from prunegym.pruning.groups import ChannelGroup, find_groups
 from prunegym.pruning.plan import PruningPlan
-
-from .toys import ToyConv, images, make, random_plan
+from toys import ToyConv, images, make, random_plan
 
 
 @pytest.fixture(scope="module")

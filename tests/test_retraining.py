@@ -13,8 +13,7 @@ from prunegym.pruning.evaluation import evaluate
 from prunegym.pruning.retraining import RetrainSettings, rate_factor, retrain
 from prunegym.pruning.splits import TensorSplit
 from torch import Tensor, nn
-
-from .toys import ToyMLP, ToyResidual, images, make
+from toys import ToyMLP, ToyResidual, images, make
 
 
 class Small(nn.Module):

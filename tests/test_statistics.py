@@ -12,8 +12,7 @@ from prunegym.pruning.errors import UserError
 from prunegym.pruning.groups import find_groups
 from prunegym.pruning.statistics import Statistics, measure
 from torch import Tensor, nn
-
-from .toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
+from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
 
 Maps = dict[str, list[Tensor]]
 

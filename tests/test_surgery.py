@@ -18,8 +18,7 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import SurgeryError, apply_plan, verify_cut
 from prunegym.pruning.torchvision_compat import torchvision
 from torch import Tensor, nn
-
-from .toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, make, masked_output, random_plan, randomise_norms
+from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, make, masked_output, random_plan, randomise_norms
 
 LENET_READERS = {"conv1": {"conv2": 1}, "conv2": {"fc1": 16}, "fc1": {"fc2": 1}}
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
