@@ -132,7 +132,7 @@ def search(
         stopped_by=stopped_by,
         task=task,
         settings=settings,
-        reference_accuracy=environment.reference_accuracy(settings.trim.budget) if needs else math.nan,
+        reference_accuracy=environment.reference(settings.trim.budget).accuracy if needs else math.nan,
         original_widths={group.name: group.width for group in trimmer.groups},
     )
     if run_folder:

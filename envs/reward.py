@@ -15,12 +15,16 @@ class Outcome:
         accuracy: Of the trimmed network on the reward images, in [0, 1].
         baseline: Of the original network on the same images.
         reference: Of the uniform plan at the same budget; nan where none is asked for.
+        loss: Cross-entropy on the reward images, in nats.
+        reference_loss: Of the uniform plan.
         kept: Share of the original cost that is left, in (0, 1], in the budget's unit.
     """
 
     accuracy: float
     baseline: float
     reference: float
+    loss: float
+    reference_loss: float
     kept: float
 
 
@@ -32,7 +36,8 @@ class RewardSettings:
         objective: "budget": accuracy relative to the uniform plan at the same budget.
             "accuracy_floor": ψ · φ of try-and-learn (Huang et al. 2018): ψ = (b − (p* − p̂)) / b, φ = ln(N / C).
         accepted_drop: b, the accepted drop of accuracy, in (0, 1].
-        weights: Weight of each term, replacing the objective's own; see `TERMS`.
+        weights: Weight of each term, replacing the objective's own: "gain_over_uniform" (accuracy, a share),
+            "loss_gain" (cross-entropy below the uniform plan's, in nats), "psi_phi", "accuracy", "saving".
     """
 
     objective: str = "budget"
@@ -58,6 +63,10 @@ def _gain(outcome: Outcome, settings: RewardSettings) -> float:
     return outcome.accuracy - outcome.reference
 
 
+def _loss_gain(outcome: Outcome, settings: RewardSettings) -> float:
+    return outcome.reference_loss - outcome.loss
+
+
 def _psi_phi(outcome: Outcome, settings: RewardSettings) -> float:
     psi = (settings.accepted_drop - (outcome.baseline - outcome.accuracy)) / settings.accepted_drop
     return psi * math.log(1.0 / outcome.kept)
@@ -73,6 +82,7 @@ def _saving(outcome: Outcome, settings: RewardSettings) -> float:
 
 TERMS: dict[str, Term] = {
     "gain_over_uniform": _gain,
+    "loss_gain": _loss_gain,
     "psi_phi": _psi_phi,
     "accuracy": _accuracy,
     "saving": _saving,
@@ -94,7 +104,7 @@ class Reward:
     @property
     def needs_reference(self) -> bool:
         """Whether the uniform plan has to be scored."""
-        return "gain_over_uniform" in self.weights
+        return bool({"gain_over_uniform", "loss_gain"} & set(self.weights))
 
     def terms(self, outcome: Outcome) -> dict[str, float]:
         """Return every weighted term by name."""

@@ -1,5 +1,6 @@
 """`prunegym/Trim-v0`: walk over the channel groups of a network and say how much of each to trim."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError
+from ..pruning.evaluation import Score
 from ..pruning.groups import find_groups
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
@@ -151,7 +153,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._reward = Reward(self.settings.reward)
         self.observation_space: gym.spaces.Box = self._observation.space()  # type: ignore[assignment]
         self.action_space: gym.spaces.Box = self._rule.space()  # type: ignore[assignment]
-        self._references: dict[float | None, float] = {}
+        self._references: dict[float | None, Score] = {}
         self._budget = self.settings.budget
         self._subject: Subject | None = None
         self._actions: list[float] = []
@@ -235,21 +237,23 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     def _pay(self) -> tuple[float, dict[str, Any]]:
         assert self._score is not None
-        reference = self.reference_accuracy(self._budget) if self._reward.needs_reference else float("nan")
+        reference = self.reference(self._budget) if self._reward.needs_reference else Score(math.nan, math.nan, 0)
         outcome = Outcome(
             accuracy=self._score.score.accuracy,
             baseline=self.trimmer.baseline.accuracy,
-            reference=reference,
+            reference=reference.accuracy,
+            loss=self._score.score.loss,
+            reference_loss=reference.loss,
             kept=self._kept(self._score),
         )
         terms = self._reward.terms(outcome)
         report: dict[str, Any] = {"reward_terms": terms, "plans": [plan.to_dict() for plan in self._plans]}
         if self._reward.needs_reference:
-            report["reference_accuracy"] = reference
+            report["reference_accuracy"] = reference.accuracy
         return self._reward.total(terms), report
 
-    def reference_accuracy(self, budget: float | None) -> float:
-        """Return the accuracy, on the reward images, of uniform rounds to the same budget; scored once per budget."""
+    def reference(self, budget: float | None) -> Score:
+        """Return the score, on the reward images, of uniform rounds to the same budget; scored once per budget."""
         if budget not in self._references:
             rule = make_action_rule("score", self.trimmer.cost_model, score_scale=1.0, largest_trim=0.5)
             rule.check(budget, self.settings.budget_unit)
@@ -260,7 +264,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
                 trimmed = self._trim(subject, counts, place)
                 if place + 1 < self.settings.rounds:
                     subject = self.trimmer.examine_trimmed(trimmed)
-            self._references[budget] = trimmed.score.accuracy
+            self._references[budget] = trimmed.score
         return self._references[budget]
 
     def _trim(self, subject: Subject, counts: NDArray[np.int64], place: int) -> Trimmed:

@@ -302,7 +302,7 @@ def test_uniform_pays_nothing_over_rounds_with_retraining(trimmer: Trimmer) -> N
     env = TrimEnv(settings=settings, trimmer=trimmer)
     assert episode(env, [0.4] * 6)[-1][1] == 0.0
     uneven = episode(env, [1.0, -1.0, -1.0, 1.0, -1.0, -1.0])[-1]
-    assert uneven[1] == pytest.approx(10 * (uneven[2]["accuracy"] - env.reference_accuracy(0.2)))
+    assert uneven[1] == pytest.approx(10 * (uneven[2]["accuracy"] - env.reference(0.2).accuracy))
     assert uneven[1] != 0.0
 
 

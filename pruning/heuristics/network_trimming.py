@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from ..budget import solve_counts
 from ..errors import UserError, closest
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
@@ -197,28 +198,36 @@ def _one_round(
     sigmas: float,
     last: bool,
 ) -> tuple[Masks, bool, bool]:
-    """Decide what stays of `subject`: (masks by group, whether the budget is met, whether the threshold gave way)."""
+    """Decide what stays of `subject`: (masks by group, whether the budget is met, whether the threshold gave way).
+
+    Channels above the threshold leave, weakest first, until the budget is met. If it is not met in the last round,
+    the same share of every target's survivors leaves as well, those of highest APoZ first.
+    """
     model = trimmer.cost_model
     keep: Masks = {group.name: np.ones(group.width, dtype=bool) for group in subject.groups}
     candidates: list[tuple[float, str, int]] = []
     for name in targets:
         apoz = _apoz(subject, name)
         z = (apoz - apoz.mean()) / max(float(apoz.std()), 1e-12)
-        candidates += [(float(score), name, channel) for channel, score in enumerate(z)]
+        candidates += [(float(score), name, channel) for channel, score in enumerate(z) if score > sigmas]
     candidates.sort(key=lambda item: (-item[0], item[1], item[2]))  # weakest first
     counts = {name: int(mask.sum()) for name, mask in keep.items()}
-    forced = False
-    for z_score, name, channel in candidates:
+    for _, name, channel in candidates:
         if model.share(counts, unit) <= budget:
             break
-        if z_score <= sigmas:
-            if not last:
-                break
-            forced = True
         if counts[name] > 1:
             keep[name][channel] = False
             counts[name] -= 1
-    return keep, model.share(counts, unit) <= budget, forced
+    if model.share(counts, unit) <= budget or not last:
+        return keep, model.share(counts, unit) <= budget, False
+    whole = [0.0 if name in targets else 60.0 for name in counts]  # log-odds: what is no target stays
+    solved = solve_counts(model, whole, budget, unit, widths=list(counts.values()))
+    for name, count in zip(counts, solved.tolist(), strict=True):
+        surplus = np.flatnonzero(keep[name])
+        if len(surplus) > count:
+            order = np.argsort(_apoz(subject, name)[surplus], kind="stable")
+            keep[name][surplus[order[count:]]] = False
+    return keep, True, True
 
 
 def _apoz(subject: Subject, name: str) -> NDArray[np.float64]:
