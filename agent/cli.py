@@ -1,7 +1,9 @@
 """`prunegym …` on the command line. Mistakes of the user are one sentence and exit code 2, without a traceback."""
 
+import dataclasses
 import os
 import re
+import shutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -21,10 +24,11 @@ from ..pruning.schedule import Schedule, build
 from ..pruning.splits import SealedSplitError
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
+from .learner import find_algorithm
 from .progress import Progress
-from .report import console_table, verdict_lines
-from .run_folder import RunFolder
-from .search import derive_seed, search
+from .report import console_table, note_lines, verdict_lines
+from .run_folder import RunFolder, config_text
+from .search import derive_seed, resolve_settings, search
 from .settings import SearchConfig
 
 USAGE = """usage: prunegym COMMAND ...
@@ -62,31 +66,36 @@ def search_command(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="prunegym search CONFIG", exit_on_error=False, description="Learn a pruning schedule.")
     parser.add_argument("--config", action="config", help="YAML file; options given after it replace its values")
     parser.add_class_arguments(SearchConfig)
-    namespace = _parse(parser, _with_config(arguments))
-    text = parser.dump(namespace, skip_unset=False)
-    given = parser.instantiate(namespace)
-    config = resolve(SearchConfig(**{key: value for key, value in vars(given).items() if key != "config"}))
+    if not arguments:
+        raise UserError(f"search needs a configuration: a YAML file, or one of {', '.join(shipped_configs())}")
+    given = vars(parser.instantiate(_parse(parser, _with_config(arguments))))
+    config = resolve(SearchConfig(**{key: value for key, value in given.items() if key != "config"}))
+    find_algorithm(config.search.learner)
     progress = Progress(enabled=True)
     run = RunFolder.create(config.output) if config.output else RunFolder.next_free(config.name)
     seeds = {name: derive_seed(config.search.seed, name) for name in ("task", "repair", "learner")}
-    run.write_start(text, ["prunegym", "search", *arguments], {"root": config.search.seed, **seeds})
+    command = ["prunegym", "search", *arguments]
+    run.write_start(config_text(dataclasses.asdict(config)), command, {"root": config.search.seed, **seeds})
     try:
         task = _task(config, progress)
-    except UserError:
+    except (Exception, KeyboardInterrupt):
         run.discard()  # nothing was computed yet
         raise
+    run.write_base(task)
     progress.say(f"run folder: {run.path}")
-    result = search(task, settings=config.search, run_folder=run, progress=progress)
+    try:
+        result = search(task, settings=config.search, run_folder=run, progress=progress)
+    except KeyboardInterrupt:
+        if (run.path / "schedule.json").is_file():
+            progress.say(f"interrupted; the best schedule is kept: prunegym apply {run.path}")
+        raise
     console = Console(highlight=False)
     console.width = max(80, console.width)
     console.print()
     console.print(console_table(result))
-    for line in verdict_lines(result):
+    for line in [*verdict_lines(result), *note_lines(result)]:
         console.print(line, soft_wrap=True)
-    console.print(
-        f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, history.csv, tensorboard/)",
-        soft_wrap=True,
-    )
+    console.print(f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)", soft_wrap=True)
     return 130 if result.stopped_by == "interrupt" else 0
 
 
@@ -104,22 +113,33 @@ def apply_command(arguments: list[str]) -> int:
     )
     options = _parse(parser, arguments)
     source = RunFolder.existing(options.run)
+    text = _read(source.path / "config.yaml")
+    if "task" not in (yaml.safe_load(text) or {}):
+        raise UserError(
+            f"{source.path} holds a network that was given as an object; rebuild it in Python: "
+            f"prunegym.load_pruned({str(source.path)!r}, network)"
+        )
     config_parser = ArgumentParser(exit_on_error=False)
     config_parser.add_class_arguments(SearchConfig)
-    text = (source.path / "config.yaml").read_text()
-    given = config_parser.instantiate(_parse_text(config_parser, text))
-    config = SearchConfig(**vars(given))
-    config = resolve(
-        replace(config, data_root=options.data_root or config.data_root, device=options.device or config.device)
+    config = SearchConfig(**vars(config_parser.instantiate(_parse_text(config_parser, text))))
+    config = replace(
+        config,
+        data_root=options.data_root or config.data_root,
+        device=options.device or config.device,
+        task=replace(config.task, weights=str(source.base) if source.base else config.task.weights),
     )
+    config = resolve(config)
     schedule = Schedule.load(options.schedule or source.path / "schedule.json")
     progress = Progress(enabled=True)
     task = _task(config, progress)
     trimmer = Trimmer(task, schedule.repair)
+    schedule.plan.completed(trimmer.groups)
     run = RunFolder.create(options.output) if options.output else RunFolder.next_free("apply")
     with progress.updates("rebuild", max(1, schedule.retrain_updates)) as show:
         built = build(trimmer, schedule, progress=show)
     run.write_start(text, ["prunegym", "apply", *arguments], {"root": config.search.seed})
+    if source.base:
+        shutil.copyfile(source.base, run.path / source.base.name)
     run.write_built(task, built)
     whole = trimmer.cost_model.full
     selection = trimmer.score_selection(built.network)
@@ -148,8 +168,10 @@ def resolve(config: SearchConfig) -> SearchConfig:
         max_minutes=_either(config.max_minutes, config.search.max_minutes),
         seed=_either(config.seed, config.search.seed),
     )
+    search_settings = resolve_settings(search_settings)
     task = replace(config.task, data_root=config.data_root or config.task.data_root)
-    return replace(config, task=task, search=search_settings, device=device)
+    shortcuts: dict[str, Any] = dict.fromkeys(("data_root", "budget", "max_evaluations", "max_minutes", "seed"))
+    return replace(config, task=task, search=search_settings, device=device, **shortcuts)
 
 
 def _either(given: Any, otherwise: Any) -> Any:
@@ -190,7 +212,15 @@ def _with_config(arguments: list[str]) -> list[str]:
             hint = closest(path.stem, shipped_configs())
             raise UserError(f"the configuration file {arguments[0]} does not exist{hint}")
         path = shipped
+    _read(path)
     return ["--config", str(path), *arguments[1:]]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"a configuration must be a readable text file, but {path} is not: {error}") from error
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:

@@ -56,22 +56,18 @@ class History:
 
     path: Path | None = None
     rows: list[Evaluation] = field(default_factory=list)
+    best: Evaluation | None = None  # the finished evaluation of highest reward; lower loss decides between equals
 
     @property
     def finished(self) -> list[Evaluation]:
         """Evaluations that ended an episode."""
         return [row for row in self.rows if row.reward is not None]
 
-    @property
-    def best(self) -> Evaluation | None:
-        """The finished evaluation of highest reward (lower loss decides between equals), or None."""
-        return self.ranked()[0] if self.finished else None
-
     def ranked(self) -> list[Evaluation]:
         """Return finished evaluations, best first, each distinct schedule once."""
         seen: set[str] = set()
         result = []
-        for row in sorted(self.finished, key=lambda row: (-(row.reward or 0.0), row.loss, row.evaluation)):
+        for row in sorted(self.finished, key=_rank):
             key = json.dumps(row.plans, sort_keys=True)
             if key not in seen:
                 seen.add(key)
@@ -81,6 +77,8 @@ class History:
     def add(self, row: Evaluation) -> None:
         """Append a row and write it at once."""
         self.rows.append(row)
+        if row.reward is not None and (self.best is None or _rank(row) < _rank(self.best)):
+            self.best = row
         if self.path is None:
             return
         best = self.best
@@ -95,6 +93,10 @@ class History:
                     "" if best is None else repr(best.reward), " ".join(map(str, row.widths.values())),
                 ]
             )  # fmt: skip
+
+
+def _rank(row: Evaluation) -> tuple[float, float, int]:
+    return (-(row.reward or 0.0), row.loss, row.evaluation)
 
 
 class SearchCallback(BaseCallback):

@@ -1,6 +1,7 @@
 """From settings to a Stable-Baselines3 algorithm on a vectorised environment."""
 
 import inspect
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -55,6 +57,7 @@ class _Worker:
         self.task, self.settings, self.threads = task, settings, threads
 
     def __call__(self) -> Monitor[Any, Any]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the workers
         torch.set_num_threads(self.threads)
         return Monitor(TrimEnv(self.task, self.settings))
 
@@ -74,19 +77,8 @@ def make_learner(
     Raises:
         UserError: Unknown algorithm, one without continuous actions, or an argument it does not take.
     """
-    known = algorithms()
-    if settings.algorithm not in known:
-        hint = closest(settings.algorithm, known)
-        if sb3_contrib is None:
-            hint += "; sb3-contrib is not installed (pip install 'prunegym[contrib]')"
-        raise UserError(f"algorithm must be a known name, but got {settings.algorithm!r}{hint}")
-    kind = known[settings.algorithm]
-    accepted = set(inspect.signature(kind.__init__).parameters) - {"self", "policy", "env"}
-    for name in settings.arguments:
-        if name not in accepted:
-            raise UserError(
-                f"{settings.algorithm} must take each of learner.arguments, but got {name!r}{closest(name, accepted)}"
-            )
+    kind = find_algorithm(settings)
+    accepted = set(inspect.signature(kind.__init__).parameters)
     rate = settings.learning_rate
     keywords: dict[str, Any] = {
         "gamma": 1.0,
@@ -118,6 +110,31 @@ def make_learner(
             f"{settings.algorithm} must work with one continuous action in [-1, 1], but: {error}"
         ) from error
     return learner
+
+
+def find_algorithm(settings: LearnerSettings) -> type[BaseAlgorithm]:
+    """Return the class that `settings.algorithm` names, and check `settings.arguments` against it.
+
+    Raises:
+        UserError: Unknown algorithm, one that learns otherwise than step by step, or an argument it does not take.
+    """
+    known = algorithms()
+    if settings.algorithm not in known:
+        hint = closest(settings.algorithm, known)
+        if sb3_contrib is None:
+            hint += "; sb3-contrib is not installed (pip install 'prunegym[contrib]')"
+        raise UserError(f"algorithm must be a known name, but got {settings.algorithm!r}{hint}")
+    kind = known[settings.algorithm]
+    if not issubclass(kind, (OnPolicyAlgorithm, OffPolicyAlgorithm)):
+        raise UserError(
+            f"algorithm must learn step by step, on or off policy, but {settings.algorithm} does not; use PPO"
+        )
+    accepted = set(inspect.signature(kind.__init__).parameters) - {"self", "policy", "env"}
+    for name in settings.arguments:
+        if name not in accepted:
+            hint = closest(name, accepted)
+            raise UserError(f"{settings.algorithm} must take each of learner.arguments, but got {name!r}{hint}")
+    return kind
 
 
 class LinearFall:

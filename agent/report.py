@@ -83,6 +83,11 @@ def verdict_lines(result: "SearchResult") -> list[str]:
     return [line[0].upper() + line[1:] for line in lines]
 
 
+def note_lines(result: "SearchResult") -> list[str]:
+    """Return the remarks on single networks, as sentences."""
+    return [f"{finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note]
+
+
 def write_report(folder: Path, result: "SearchResult") -> None:
     """Write `report.md` and its pictures into `folder`."""
     learning_curve(result).savefig(folder / "learning_curve.png")
@@ -96,6 +101,18 @@ def markdown(result: "SearchResult") -> str:
     task, trim = result.task, result.settings.trim
     rows = table_rows(result)
     evaluations = len(result.history.rows)
+    choice = (
+        f"of its best plans {len(result.candidates)} were scored again on the selection split and the best there was "
+        "built."
+        if result.candidates
+        else "no plan was scored before it ended, so the row *agent* is the uniform plan."
+    )
+    replay = (
+        "Replay: `prunegym apply <this folder>` rebuilds the network from `schedule.json` (edit it, and it builds what "
+        "you wrote). Load: `prunegym.load_pruned(<this folder>)`."
+        if result.task.source
+        else "Load: `prunegym.load_pruned(<this folder>, network)`, where `network` is the original architecture."
+    )
     lines = [
         f"# {title(result)}",
         "",
@@ -111,13 +128,13 @@ def markdown(result: "SearchResult") -> str:
         "- Every pruned network got the same number of retraining updates (column *retraining*), "
         f"on {len(task.train):,} training images.",
         f"- The agent spent {evaluations} of {result.settings.max_evaluations} evaluations (stopped by "
-        f"{result.stopped_by}); of its best plans {len(result.candidates)} were scored again on the selection split "
-        "and the best there was built.",
+        f"{result.stopped_by}); " + choice,
         f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; "
         f"seed {result.settings.seed}. *Network Trimming (NT)* is the published method, without repair; "
         "*NT, repaired* is the same with the agent's repair after each cut.",
-        "- One run has one seed: the test in the verdict covers the choice of test images, not training noise.",
-        *(f"- {finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note),
+        "- One run has one seed: the test in the verdicts covers the choice of test images, not training noise, and is "
+        "not corrected for several comparisons.",
+        *(f"- {line}" for line in note_lines(result)),
         "",
         "![learning curve](learning_curve.png)",
         "",
@@ -125,8 +142,7 @@ def markdown(result: "SearchResult") -> str:
         "",
         "![accuracy against cost](accuracy_cost.png)",
         "",
-        "Replay: `prunegym apply <this folder>` rebuilds the network from `schedule.json` (edit it, and it builds what "
-        "you wrote). Load: `prunegym.load_pruned(<this folder>)`.",
+        replay,
         "",
     ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors.torch import save
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from ..pruning.artifact import save_pruned, write_atomically
@@ -31,6 +32,7 @@ PACKAGES = (
     "scipy", "scikit-learn", "safetensors",
 )  # fmt: skip
 
+BASE = "base.safetensors"
 STARTED = ("config.yaml", "command.txt", "versions.json", "seeds.json")
 
 
@@ -95,6 +97,19 @@ class RunFolder:
         self._write("versions.json", json.dumps(versions(), indent=1) + "\n")
         self._write("seeds.json", json.dumps(dict(seeds), indent=1) + "\n")
 
+    def write_base(self, task: PruningTask) -> None:
+        """Keep the weights of a network that was trained here, so that a replay starts from the same ones."""
+        if task.source and task.source.get("weights") is None:
+            state = {
+                name: value.detach().cpu().contiguous().clone() for name, value in task.network.state_dict().items()
+            }
+            write_atomically(self.path / BASE, save(state))
+
+    @property
+    def base(self) -> Path | None:
+        """The kept weights of the original network, if there are any."""
+        return self.path / BASE if (self.path / BASE).is_file() else None
+
     def write_schedule(self, schedule: Schedule) -> None:
         """Write `schedule.json`."""
         schedule.save(self.path / "schedule.json")
@@ -113,9 +128,9 @@ class RunFolder:
             for row in result.history.rows:
                 history.add(row)
         if not (self.path / "versions.json").exists():
-            settings = {"task": dict(result.task.source), "search": dataclasses.asdict(result.settings)}
+            settings = {"search": dataclasses.asdict(result.settings)}  # without a task: it was given as objects
             self.write_start(
-                yaml.safe_dump(json.loads(json.dumps(settings, default=list)), sort_keys=False),
+                config_text(settings),
                 [sys.executable, *sys.argv],
                 {"seed": result.settings.seed},
             )
@@ -142,6 +157,11 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text.encode())
+
+
+def config_text(settings: Mapping[str, Any]) -> str:
+    """Return settings as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False)
 
 
 def results(result: "SearchResult") -> dict[str, Any]:

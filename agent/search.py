@@ -1,11 +1,15 @@
 """The one public verb: a task in, the best plan out, with the policy, the history and an honest comparison."""
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
@@ -103,13 +107,21 @@ def search(
     Raises:
         UserError: The request cannot be met, e.g. the budget is below what one channel per group costs.
     """
+    if not isinstance(task, PruningTask):
+        raise UserError(f"search needs a PruningTask, but got {type(task).__name__}; PruningTask(network, train=…, …)")
     settings = _resolve(settings, budget, max_evaluations, budget_unit, retrain_updates, seed)
-    progress = progress or Progress()
+    with random_state_kept():
+        return _search(task, settings, run_folder, progress or Progress())
+
+
+def _search(
+    task: PruningTask, settings: SearchSettings, run_folder: RunFolder | None, progress: Progress
+) -> SearchResult:
     trimmer = Trimmer(task, settings.trim.repair)
     history = History(run_folder.path / "history.csv" if run_folder else None)
     environment = TrimEnv(task, settings.trim, trimmer=trimmer)  # refuses impossible settings before any work
     policy, stopped_by = _learn(task, settings, trimmer, environment, history, run_folder, progress)
-    schedule, candidates = _choose(trimmer, settings, history, progress)
+    schedule, candidates = _choose(trimmer, settings, history, run_folder, progress)
     if run_folder:
         run_folder.write_schedule(schedule)
         run_folder.write_policy(policy)
@@ -140,6 +152,18 @@ def search(
     return result
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give PyTorch's, NumPy's and Python's global random state back on leaving (Stable-Baselines3 seeds all three)."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
 def derive_seed(root: int, purpose: str) -> int:
     """Return the seed of one purpose; different purposes never share random numbers."""
     digest = int.from_bytes(purpose.encode()[:8].ljust(8, b"\0"), "little")
@@ -157,24 +181,25 @@ def _resolve(
     if settings is None:
         default = RetrainSettings(updates=DEFAULT_RETRAIN_UPDATES)
         settings = SearchSettings(trim=TrimSettings(retraining=default))
-    seed = settings.seed if seed is None else seed
-    if not isinstance(seed, int) or seed < 0:
-        raise UserError(f"seed must be a whole number from 0, but got {seed!r}")
     trim = settings.trim
     updates = trim.retraining.updates if retrain_updates is None else retrain_updates
     trim = replace(
         trim,
         budget=trim.budget if budget is None else budget,
         budget_unit=trim.budget_unit if budget_unit is None else budget_unit,
-        repair=replace(trim.repair, seed=derive_seed(seed, "repair")),
         retraining=replace(trim.retraining, updates=updates),
     )
-    return replace(
-        settings,
-        trim=trim,
-        seed=seed,
-        max_evaluations=settings.max_evaluations if max_evaluations is None else max_evaluations,
-    )
+    seed = settings.seed if seed is None else seed
+    evaluations = settings.max_evaluations if max_evaluations is None else max_evaluations
+    return resolve_settings(replace(settings, trim=trim, seed=seed, max_evaluations=evaluations))
+
+
+def resolve_settings(settings: SearchSettings) -> SearchSettings:
+    """Derive the seed of calibration, scoring and retraining from the root seed."""
+    if not isinstance(settings.seed, int) or settings.seed < 0:
+        raise UserError(f"seed must be a whole number from 0, but got {settings.seed!r}")
+    repair = replace(settings.trim.repair, seed=derive_seed(settings.seed, "repair"))
+    return replace(settings, trim=replace(settings.trim, repair=repair))
 
 
 def _learn(
@@ -217,7 +242,8 @@ def _learn(
             except KeyboardInterrupt:
                 interrupted = True
     finally:
-        workers.close()
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # a worker that died already
+            workers.close()
     if interrupted:
         progress.say("interrupted: the best plan so far is built (interrupt again to stop at once)")
     return learner, "interrupt" if interrupted else callback.stopped_by or "max_evaluations"
@@ -239,13 +265,16 @@ def _play(learner: BaseAlgorithm, environment: TrimEnv) -> tuple[list[dict[str, 
 
 
 def _choose(
-    trimmer: Trimmer, settings: SearchSettings, history: History, progress: Progress
+    trimmer: Trimmer, settings: SearchSettings, history: History, run_folder: RunFolder | None, progress: Progress
 ) -> tuple[Schedule, list[tuple[Evaluation, Score]]]:
     """Score the best distinct schedules again, on the selection split, and take the best there."""
     trim = settings.trim
+    best_yet = history.best
+    if run_folder and best_yet is not None:  # so that an interrupt from here on leaves something to replay
+        run_folder.write_schedule(_schedule(trimmer, trim, _plans(best_yet), final=True))
     scored = []
     for row in history.ranked()[: settings.candidates]:
-        schedule = _schedule(trimmer, trim, [PruningPlan.from_dict(plan) for plan in row.plans], final=False)
+        schedule = _schedule(trimmer, trim, _plans(row), final=False)
         built = build(trimmer, schedule, verify=False)
         scored.append((row, trimmer.score_selection(built.network)))
     if not scored:
@@ -255,9 +284,13 @@ def _choose(
         start = uniform(
             trimmer, budget=trim.budget, unit=trim.budget_unit, retraining=trim.retraining, seed=trim.repair.seed
         )
-        return replace(start, made_by="agent"), []
+        return start, []
     best, _ = max(scored, key=lambda pair: (pair[1].accuracy, -pair[1].loss))
-    return _schedule(trimmer, trim, [PruningPlan.from_dict(plan) for plan in best.plans], final=True), scored
+    return _schedule(trimmer, trim, _plans(best), final=True), scored
+
+
+def _plans(row: Evaluation) -> list[PruningPlan]:
+    return [PruningPlan.from_dict(plan) for plan in row.plans]
 
 
 def _schedule(trimmer: Trimmer, trim: TrimSettings, plans: list[PruningPlan], *, final: bool) -> Schedule:
@@ -309,7 +342,7 @@ def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, pro
     for name, label, chosen in variants:
         with progress.updates(label, max(1, retraining.updates)) as show:
             made = network_trimming(trimmer, settings=chosen, progress=show, **common)
-        note = "the APoZ threshold gave way in the last round to meet the budget" if made.forced else ""
+        note = f"the APoZ threshold gave way in round {len(made.rounds)}, to reach the budget" if made.forced else ""
         built = Built(made.network, made.schedule, made.rounds)
         result.append(_finalist(trimmer, built, name, label, note))
     return result

@@ -70,6 +70,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
+        for name in ("max_evaluations", "candidates"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise UserError(f"{name} must be a whole number, but got {getattr(self, name)!r}")
         if self.max_evaluations < 1 or self.candidates < 1 or self.max_minutes < 0:
             raise UserError(
                 "max_evaluations and candidates must be at least 1 and max_minutes at least 0, but got "

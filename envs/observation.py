@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pruning.cost import CostModel
-from ..pruning.criteria import residual_curve
 from ..pruning.groups import ChannelGroup
 from ..pruning.trimmer import Subject
 
@@ -57,8 +56,6 @@ FEATURES: tuple[Feature, ...] = (
     Feature("previous_action", -1, 1, "action of the step before, 0 at the start"),
     Feature("accuracy_drop", -1, 1, "pristine accuracy minus the last scored one, 0 before the first score"),
 )
-
-_STATIC = 22  # entries from log_width to residual_25 depend on the subject only; see `describe`
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def _taylor_shares(taylor: FloatArray | None) -> list[float]:
 
 
 def _residuals(subject: Subject, group: ChannelGroup) -> list[float]:
-    curve = residual_curve(group, subject.context, subject.orders[group.name])
+    curve = subject.residuals[group.name]
     return [_at(curve, share) for share in (0.75, 0.5, 0.25)]
 
 

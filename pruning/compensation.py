@@ -230,8 +230,12 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
                 norm.reset_running_stats()
                 norm.momentum = None  # cumulative average over batches
                 norm.training = True
+            first = 0
             for batch in batches:
                 inputs = batch if isinstance(batch, Tensor) else batch[0]
+                first = first or len(inputs)
+                if 2 * len(inputs) < first:
+                    continue  # every batch weighs the same in a cumulative average: a short last one is left out
                 samples += len(inputs)
                 network(inputs)
             if samples < BATCH_NORM_SAMPLES:

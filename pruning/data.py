@@ -220,7 +220,10 @@ def _heldout(path: str, files: Sequence[str], name: str) -> Tensor:
         raise UserError(f"heldout names files of an image folder, but the data is {name!r}; drop it")
     if not Path(path).is_file():
         raise UserError(f"heldout must be a text file, but there is none at {path!r}; check the path")
-    listed = Path(path).read_text(encoding="utf-8").split("\n")
+    try:
+        listed = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"heldout must be a text file, but {path!r} is not: {problem}") from problem
     places = {file: place for place, file in enumerate(files)}
     wanted = [line.strip() for line in listed if line.strip()]
     unknown = [file for file in wanted if file not in places]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import DataSplits, SplitSettings, load_data
+from .data import DataSplits, SplitSettings, TensorSplit, load_data
 from .errors import UserError
 from .networks import build_network
 from .retraining import RetrainSettings, retrain
@@ -106,13 +106,13 @@ def prepare_task(
         check(network, data.train.example().to(device))
     if settings.weights is not None:
         load_weights(network, settings.weights)
-    else:
-        _trained(network, data, settings, seed, device, progress)
-    network.eval()
     source = {**dataclasses.asdict(settings), "seed": seed, "classes": data.classes, "image_shape": data.image_shape}
-    task = PruningTask.from_data(
+    task = PruningTask.from_data(  # also checks network and data before any training
         network, data, metric=settings.metric, name=f"{settings.network} on {settings.data}", source=source
     )
+    if settings.weights is None:
+        _trained(network, data, settings, seed, device, progress)
+    network.eval()
     return task.to(device) if device != "cpu" else task
 
 
@@ -160,12 +160,10 @@ def _key(settings: TaskSettings, data: DataSplits, seed: int, device: str) -> st
     parts = dataclasses.asdict(settings)
     for irrelevant in ("metric", "weights", "data_root"):
         parts.pop(irrelevant)
-    examples = getattr(data.train, "images", None)
-    content = (
-        hashlib.sha256(examples[:: max(1, len(examples) // 512)].contiguous().numpy().tobytes()).hexdigest()
-        if (isinstance(examples, torch.Tensor))
-        else str(settings.data_root)
-    )
+    content = str(settings.data_root)
+    if isinstance(data.train, TensorSplit):
+        some = data.train.images[:: max(1, len(data.train) // 512)].contiguous()
+        content = hashlib.sha256(some.numpy().tobytes() + data.train.labels.numpy().tobytes()).hexdigest()
     parts.update(
         recipe=RECIPE, seed=seed, device=device, torch=torch.__version__, threads=torch.get_num_threads(),
         content=content, examples=len(data.train),

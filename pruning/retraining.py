@@ -13,8 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Batch, Split, augment_crop_flip
-from .errors import UserError
+from .errors import UserError, closest
 from .tracing import evaluation_mode
+
+CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("cosine", "one_cycle", "constant"),
+    "precision": ("float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,15 @@ class RetrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} must be a known name, but got {value!r}{closest(str(value), known)}")
+        if self.weight_decay < 0 or self.clip_norm < 0 or self.crop_padding < 0:
+            raise UserError(
+                "weight_decay, clip_norm and crop_padding must be at least 0, but got "
+                f"{self.weight_decay}, {self.clip_norm} and {self.crop_padding}"
+            )
         if self.updates < 0 or self.batch_size < 2:
             raise UserError(
                 f"retraining needs updates >= 0 and batch_size >= 2, but got {self.updates} and {self.batch_size}"
@@ -182,6 +197,8 @@ def _loss(
 
 def _optimizer(network: nn.Module, settings: RetrainSettings) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not parameters:  # a network frozen for inference: retraining was asked for, so it trains whole
+        parameters = list(network.requires_grad_(True).parameters())
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(

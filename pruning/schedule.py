@@ -73,14 +73,14 @@ class Schedule:
             "repair": dataclasses.asdict(self.repair),
             "retraining": dataclasses.asdict(self.retraining),
             "rounds": [
-                {"widths": r.plan.counts, "retrain_updates": r.retrain_updates, "keep": r.plan.to_dict()}
+                {"widths_read_only": r.plan.counts, "retrain_updates": r.retrain_updates, "keep": r.plan.to_dict()}
                 for r in self.rounds
             ],
         }
 
     @classmethod
     def from_dict(cls, data: Any) -> "Schedule":
-        """Read what `to_dict` wrote; `widths` are for readers only and need not be given.
+        """Read what `to_dict` wrote; `widths_read_only` is for people and need not be given; `keep` decides.
 
         Raises:
             UserError: Not a schedule, an unknown key, or no round.
@@ -89,19 +89,20 @@ class Schedule:
             raise UserError("a schedule must hold a list 'rounds' with at least one round")
         if data.get("format", FORMAT) != FORMAT:
             raise UserError(f"a schedule must have format {FORMAT}, but got {data['format']!r}")
+        _known_keys(data, ("format", "made_by", "seed", "repair", "retraining", "rounds"), "a schedule")
         rounds = []
         for place, entry in enumerate(data["rounds"]):
             if not isinstance(entry, Mapping) or "keep" not in entry:
                 raise UserError(f"round {place} of a schedule must hold 'keep', but got {entry!r:.80}")
-            updates = entry.get("retrain_updates", 0)
-            if not isinstance(updates, int) or updates < 0:
-                raise UserError(f"retrain_updates must be a whole number from 0, but round {place} has {updates!r}")
-            rounds.append(Round(PruningPlan.from_dict(entry["keep"]), updates))
+            _known_keys(entry, ("keep", "widths_read_only", "retrain_updates"), f"round {place} of a schedule")
+            plan = PruningPlan.from_dict(entry["keep"])
+            updates = _whole(entry.get("retrain_updates", 0), f"retrain_updates of round {place}")
+            rounds.append(Round(plan, updates))
         return cls(
             tuple(rounds),
             repair=_settings(RepairSettings, data.get("repair", {}), "repair"),
             retraining=_settings(RetrainSettings, data.get("retraining", {}), "retraining"),
-            seed=_whole(data.get("seed", 0)),
+            seed=_whole(data.get("seed", 0), "the seed of a schedule"),
             made_by=str(data.get("made_by", "")),
         )
 
@@ -194,14 +195,9 @@ def round_seed(seed: int, place: int) -> int:
 
 
 def _settings(kind: Any, data: Any, where: str) -> Any:
-    known = {item.name for item in dataclasses.fields(kind)}
     if not isinstance(data, Mapping):
         raise UserError(f"{where!r} of a schedule must hold settings, but got {data!r:.80}")
-    for key in data:
-        if key not in known:
-            raise UserError(
-                f"{where!r} of a schedule may only hold settings, but got {key!r}{closest(str(key), known)}"
-            )
+    _known_keys(data, tuple(item.name for item in dataclasses.fields(kind)), f"{where!r} of a schedule")
     standard = kind()
     for key, value in data.items():
         wanted = type(getattr(standard, key))
@@ -211,10 +207,16 @@ def _settings(kind: Any, data: Any, where: str) -> Any:
     return kind(**data)
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UserError(f"the seed of a schedule must be a whole number from 0, but got {value!r}")
+        raise UserError(f"{what} must be a whole number from 0, but got {value!r}")
     return value
+
+
+def _known_keys(data: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in data:
+        if key not in known:
+            raise UserError(f"{where} may not hold {key!r}{closest(str(key), known)}")
 
 
 def _compact(text: str) -> str:

@@ -211,8 +211,11 @@ def _list_folder(root: Path) -> Any:
 def _folder_pool(folder: Any, request: Request) -> Pool:
     """Read the images now if they fit into memory, or leave them on the disk."""
     paths = [path for path, _ in folder.samples]
-    with Image.open(paths[0]) as first:
-        width, height = first.size if request.image_size is None else (request.image_size,) * 2
+    if len(folder.classes) < 2:
+        raise UserError(
+            f"an image folder must have at least 2 classes, but has {len(folder.classes)}: {folder.classes}"
+        )
+    height, width = _decode(paths[0], request.image_size).shape[:2]
     small = len(paths) * 3 * width * height <= IN_MEMORY_BYTES
     if not (small if request.in_memory is None else request.in_memory):
         if request.image_size is None:

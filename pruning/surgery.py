@@ -158,7 +158,8 @@ def masked_copy(network: nn.Module, groups: Sequence[ChannelGroup], plan: Prunin
                 layer = modules[consumer.module]
                 weight: Any = layer.weight
                 dim = 0 if getattr(layer, "transposed", False) else 1
-                weight.index_fill_(dim, torch.from_numpy(consumer.index[leaves[consumer.channel]]), 0.0)
+                gone = torch.from_numpy(consumer.index[leaves[consumer.channel]]).to(weight.device)
+                weight.index_fill_(dim, gone, 0.0)
     return masked
 
 
@@ -193,7 +194,8 @@ def verify_cut(
                 if tensor is not None and len(tensor) != module.num_features:
                     raise SurgeryError(f"batch norm {name!r} says {module.num_features}, holds {len(tensor)}")
     masked = masked_copy(network, groups, plan)
-    with evaluation_mode(masked), evaluation_mode(smaller), torch.no_grad():
+    exact = torch.backends.cudnn.flags(allow_tf32=False)
+    with evaluation_mode(masked), evaluation_mode(smaller), torch.no_grad(), exact:
         expected = masked(inputs)
         try:
             got = smaller(inputs)
@@ -241,7 +243,8 @@ def _first_difference(
         expected, got = outputs[0][name], outputs[1][name]
         rows = kept.get(f"{name}.weight", {}).get(0)
         if rows is not None:
-            expected = expected.index_select(-1 if expected.dim() == 2 else 1, rows)
+            last = isinstance(masked.get_submodule(name), nn.Linear)
+            expected = expected.index_select(-1 if last else 1, rows.to(expected.device))
         if expected.shape != got.shape or float((expected - got).abs().max()) > limit * float(expected.abs().max()):
             return name
     return "the output"

@@ -66,6 +66,8 @@ class PruningTask:
                 raise UserError(f"a trained network has finite weights, but {name!r} holds NaN or infinity")
         if self.example_input is None:
             self.example_input = self.train.example()
+        if next(self.network.parameters(), None) is None:
+            raise UserError("a network must have parameters to be pruned, but this one has none")
         device = next(self.network.parameters()).device
         with evaluation_mode(self.network), torch.no_grad():
             try:

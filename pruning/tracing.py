@@ -20,6 +20,19 @@ from torch.utils.hooks import RemovableHandle
 from .errors import UserError
 
 RECTIFIERS = {torch.relu, torch.relu_, F.relu, F.relu6, F.relu_, Tensor.relu, Tensor.relu_}
+CLAMPS: dict[Any, tuple[str, float | None]] = {  # function -> name and default of its lower end
+    F.hardtanh: ("min_val", -1.0),
+    F.hardtanh_: ("min_val", -1.0),
+    F.threshold: ("threshold", None),
+    F._threshold: ("threshold", None),  # type: ignore[attr-defined]
+    torch.clamp: ("min", None),
+    torch.clamp_: ("min", None),
+    torch.clamp_min: ("min", None),
+    Tensor.clamp: ("min", None),
+    Tensor.clamp_: ("min", None),
+    Tensor.clamp_min: ("min", None),
+    Tensor.clamp_min_: ("min", None),
+}
 SMOOTH = {F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu, F.leaky_relu, F.selu, F.mish, F.softplus, F.celu}
 SMOOTH |= {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, Tensor.tanh, Tensor.sigmoid, F.hardtanh}
 
@@ -77,7 +90,7 @@ class ActivationMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass every call on; report those of activation functions."""
         kwargs = kwargs or {}
-        rectified = func in RECTIFIERS
+        rectified = _rectifies(func, args, kwargs)
         if not rectified and func not in SMOOTH:
             return func(*args, **kwargs)
         subject = args[0] if args else kwargs["input"]
@@ -86,6 +99,20 @@ class ActivationMode(TorchFunctionMode):
         self._observe(self._ordinal, rectified, seen, result)
         self._ordinal += 1
         return result
+
+
+def _rectifies(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call is a ReLU: by name, or a clamp whose lower end is exactly zero."""
+    if func in RECTIFIERS:
+        return True
+    if func not in CLAMPS:
+        return False
+    name, standard = CLAMPS[func]
+    low = args[1] if len(args) > 1 else kwargs.get(name, standard)
+    if func in (F.threshold, F._threshold):  # type: ignore[attr-defined]
+        value = args[2] if len(args) > 2 else kwargs.get("value")
+        return bool(low == 0 and value == 0)
+    return isinstance(low, (int, float)) and low == 0
 
 
 @contextmanager

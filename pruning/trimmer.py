@@ -6,6 +6,7 @@ The environment, the heuristics, the controls and the final build all call `Trim
 compared on the same ground.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .compensation import compensate, get_compensation, recalibrate
 from .cost import Cost, CostModel, count_cost
-from .criteria import RankingContext, get_criterion, rank_channels
+from .criteria import RankingContext, get_criterion, rank_channels, residual_curve
 from .data import Split
 from .errors import UserError
 from .evaluation import Score, evaluate
@@ -94,6 +95,11 @@ class Subject:
         """Group name -> (width,) channels from most to least important; ranked when first needed."""
         return rank_channels(self.criterion, self.groups, self.context)
 
+    @cached_property
+    def residuals(self) -> dict[str, NDArray[np.float64]]:
+        """Group name -> (width + 1,) `criteria.residual_curve` along `orders`; computed when first needed."""
+        return {group.name: residual_curve(group, self.context, self.orders[group.name]) for group in self.groups}
+
 
 @dataclass(frozen=True, eq=False)
 class Trimmed:
@@ -163,7 +169,10 @@ class Trimmer:
     @cached_property
     def baseline(self) -> Score:
         """Score of the original network on the reward images."""
-        return self.score(self.task.network)
+        score = self.score(self.task.network)
+        if not math.isfinite(score.loss):
+            raise UserError("the original network's loss on the reward images is not finite; do the images hold NaN?")
+        return score
 
     def examine(self, network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> Subject:
         """Measure a network.
@@ -211,7 +220,9 @@ class Trimmer:
         """
         subject = subject or self.pristine
         method = compensation or self.settings.compensation
-        check = self.calibration.subset(8, torch.Generator().manual_seed(0)) if verify else None
+        check = (
+            self.calibration.subset(min(8, len(self.calibration)), torch.Generator().manual_seed(0)) if verify else None
+        )
         inputs = next(iter(check.batches(8))).images if check is not None else None
         network = apply_plan(subject.network, subject.groups, plan, verify=inputs)
         compensate(network, subject.network, subject.groups, plan, subject.statistics, method)

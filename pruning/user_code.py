@@ -8,6 +8,7 @@ module has to be renamed for that: it is imported under a name that no other pro
 import importlib
 import importlib.util
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -41,11 +42,13 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as problem:
         if problem.name is None or not f"{name}.".startswith(f"{problem.name}."):
-            raise  # something that the user's module imports is missing, which its own traceback says best
+            raise _failed(name, problem) from problem
         raise UserError(
             f"a network of your own is module:function, but there is no module {name!r} in {folder} or "
             "among the installed packages; check the name or give path/to/file.py:function"
         ) from problem
+    except Exception as problem:
+        raise _failed(name, problem) from problem
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -70,7 +73,16 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # before running it, as classes look up their module while they are made
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except Exception as problem:
         del sys.modules[name]
-        raise
+        raise _failed(str(path), problem) from problem
     return module
+
+
+def _failed(what: str, problem: Exception) -> UserError:
+    """Say where a user's module stopped."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return UserError(
+        f"the module of your network must import, but {what} stops{place}: {type(problem).__name__}: {problem}"
+    )

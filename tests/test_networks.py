@@ -200,7 +200,9 @@ def test_user_file_named_like_a_loaded_module(tmp_path: Path, monkeypatch: pytes
 def test_errors_inside_the_users_code_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", sys.path.copy())
     (tmp_path / "lacking.py").write_text("import no_such_library\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+    with pytest.raises(
+        UserError, match=r"lacking\.py stops at .*lacking\.py:1: ModuleNotFoundError: .*no_such_library"
+    ):
         build_network(f"{tmp_path / 'lacking.py'}:make")
     assert "lacking" not in sys.modules
 

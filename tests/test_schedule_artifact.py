@@ -90,8 +90,11 @@ def test_only_rounds_are_needed() -> None:
         ({"rounds": [{"widths": {"conv1": 3}}]}, "round 0 of a schedule must hold 'keep'"),
         ({"rounds": [{"keep": {"conv1": []}}]}, "'conv1' keeps none"),
         ({"rounds": [{"keep": {"conv1": [0, 0]}}]}, "distinct indices"),
-        ({"rounds": [{"keep": {"conv1": [0]}, "retrain_updates": -2}]}, "whole number from 0, but round 0 has -2"),
-        ({"rounds": [{"keep": {"conv1": [0]}, "retrain_updates": 1.5}]}, "round 0 has 1.5"),
+        (
+            {"rounds": [{"keep": {"conv1": [0]}, "retrain_updates": -2}]},
+            "retrain_updates of round 0 must be a whole number from 0, but got -2",
+        ),
+        ({"rounds": [{"keep": {"conv1": [0]}, "retrain_updates": 1.5}]}, "retrain_updates of round 0 .* got 1.5"),
         ({"repair": {"criterium": "apoz"}}, "'criterium'; did you mean 'criterion'"),
         ({"repair": {"criterion": "apos"}}, "did you mean 'apoz'"),
         ({"repair": [1]}, "'repair' of a schedule must hold settings"),

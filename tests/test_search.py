@@ -445,7 +445,7 @@ def test_an_interrupt_before_the_first_plan_builds_the_uniform_one(monkeypatch: 
     result = search(fresh_task(), settings=replace(QUICK, compare=False))
     assert (result.stopped_by, result.history.rows, result.candidates) == ("interrupt", [], [])
     assert result.finalists[-1].cost.macs <= 0.3 * result.finalists[0].cost.macs
-    assert result.schedule.made_by == "agent"
+    assert result.schedule.made_by == "uniform"
 
 
 def test_a_search_without_a_budget(task: PruningTask) -> None:

@@ -7,6 +7,7 @@ that hold most parameters, then their neighbours. Ours are the automatic choice 
 budget, and the sharing of a fixed number of updates between the rounds.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class NetworkTrimmingSettings:
     """
 
     sigmas: float = 1.0
-    max_rounds: int = 8
+    max_rounds: int = 20
     targets: tuple[str, ...] = ()
     narrowest: float = 0.15
     final_share: float = 0.5
@@ -113,16 +114,20 @@ def network_trimming(
     trimmer.cost_model.check_budget(budget, unit)
     trimmer = Trimmer(trimmer.task, repair)
     targets = _targets(trimmer, rectified, budget, unit, settings)
-    per_round = int(retraining.updates * (1 - settings.final_share)) // max(1, settings.max_rounds - 1)
+    early = int(retraining.updates * (1 - settings.final_share))  # updates for the rounds before the last
+    per_round = early
 
     subject, entries, records, spent, forced = trimmer.pristine, [], [], 0, False
     trimmed: Trimmed | None = None
     apoz = [_mean_apoz(subject, targets)]
     for place in range(settings.max_rounds):
         last = place == settings.max_rounds - 1
-        keep, met, forced = _one_round(trimmer, subject, targets, budget, unit, settings.sigmas, last)
+        keep, gave_way = _one_round(trimmer, subject, targets, budget, unit, settings.sigmas, last)
+        met = trimmer.cost_model.share({name: int(mask.sum()) for name, mask in keep.items()}, unit) <= budget
         plan = PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
-        updates = retraining.updates - spent if met or last else per_round
+        if place == 0:
+            per_round = early // max(1, _rounds_ahead(trimmer, keep, budget, unit, settings.max_rounds) - 1)
+        updates = retraining.updates - spent if met or last else min(per_round, early - spent)
         candidate = trimmer.trim(plan, subject)
         after_trim = candidate.score
         if updates:
@@ -130,11 +135,17 @@ def network_trimming(
             candidate = trimmer.retrain(
                 candidate, replace(retraining, updates=updates), seed=round_seed(seed, place), progress=tell
             )
-        if settings.accepted_drop is not None and trimmed is not None:
+        if settings.accepted_drop is not None:
             drop = trimmer.baseline.accuracy - candidate.score.accuracy
+            if drop > settings.accepted_drop and trimmed is None:
+                raise UserError(
+                    f"Network Trimming lost {100 * drop:.2f} points in its first round, more than the accepted "
+                    f"{100 * settings.accepted_drop:g}; accept more, or allow more retraining updates"
+                )
             if drop > settings.accepted_drop:
                 break
         spent += updates
+        forced = gave_way
         trimmed = candidate
         entries.append(Round(candidate.plan, updates))
         records.append(BuiltRound(candidate.plan.counts, after_trim, candidate.score, candidate.cost, updates))
@@ -153,6 +164,14 @@ def network_trimming(
         return NetworkTrimmingResult(built.network, schedule, built.rounds, targets, tuple(apoz), forced)
     assert trimmed is not None  # at least one round ran
     return NetworkTrimmingResult(trimmed.network, schedule, tuple(records), targets, tuple(apoz), forced)
+
+
+def _rounds_ahead(trimmer: Trimmer, keep: Masks, budget: float, unit: str, most: int) -> int:
+    """Estimate the number of rounds to the budget if each cuts by the same factor as the first, at most `most`."""
+    first = trimmer.cost_model.share({name: int(mask.sum()) for name, mask in keep.items()}, unit)
+    if first <= budget or first >= 1:
+        return 1 if first <= budget else most
+    return min(most, math.ceil(math.log(budget) / math.log(first)))
 
 
 def _targets(
@@ -197,11 +216,11 @@ def _one_round(
     unit: str,
     sigmas: float,
     last: bool,
-) -> tuple[Masks, bool, bool]:
-    """Decide what stays of `subject`: (masks by group, whether the budget is met, whether the threshold gave way).
+) -> tuple[Masks, bool]:
+    """Decide what stays of `subject`: masks by group, and whether the threshold gave way.
 
-    Channels above the threshold leave, weakest first, until the budget is met. If it is not met in the last round,
-    the same share of every target's survivors leaves as well, those of highest APoZ first.
+    Channels above the threshold leave, weakest first, until the budget is met. If it is not met in the last
+    round, the same share of every target's survivors leaves as well, those of highest APoZ first.
     """
     model = trimmer.cost_model
     keep: Masks = {group.name: np.ones(group.width, dtype=bool) for group in subject.groups}
@@ -218,8 +237,8 @@ def _one_round(
         if counts[name] > 1:
             keep[name][channel] = False
             counts[name] -= 1
-    if model.share(counts, unit) <= budget or not last:
-        return keep, model.share(counts, unit) <= budget, False
+    if not last or model.share(counts, unit) <= budget:
+        return keep, False
     whole = [0.0 if name in targets else 60.0 for name in counts]  # log-odds: what is no target stays
     solved = solve_counts(model, whole, budget, unit, widths=list(counts.values()))
     for name, count in zip(counts, solved.tolist(), strict=True):
@@ -227,7 +246,7 @@ def _one_round(
         if len(surplus) > count:
             order = np.argsort(_apoz(subject, name)[surplus], kind="stable")
             keep[name][surplus[order[count:]]] = False
-    return keep, True, True
+    return keep, True
 
 
 def _apoz(subject: Subject, name: str) -> NDArray[np.float64]:
