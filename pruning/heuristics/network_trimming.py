@@ -31,10 +31,11 @@ class NetworkTrimmingSettings:
 
     Attributes:
         sigmas: A channel leaves when its APoZ exceeds its layer's mean by this many standard deviations.
-        max_rounds: Most rounds; in the last one the threshold gives way if the budget is not met yet.
+        max_rounds: Most rounds. In the last one, or when no channel lies above the threshold any more, the
+            threshold gives way if the budget is not met yet.
         targets: Names of the groups to trim; empty = chosen automatically.
-        narrowest: The automatic choice takes the fewest groups such that the budget can be met while each of
-            them keeps at least this share of its channels; all groups where that is impossible.
+        narrowest: The threshold leaves every target at least this share of its original channels. The automatic
+            choice takes the fewest groups with which the budget can be met so; all where that is impossible.
         final_share: Share of all updates that is kept for the training after the last round.
         accepted_drop: Stop before a round whose retrained accuracy on the reward images lies more than this
             below the original's, in [0, 1]; None = only the budget counts.
@@ -114,6 +115,7 @@ def network_trimming(
     trimmer.cost_model.check_budget(budget, unit)
     trimmer = Trimmer(trimmer.task, repair)
     targets = _targets(trimmer, rectified, budget, unit, settings)
+    widths = {group.name: group.width for group in trimmer.groups}
     early = int(retraining.updates * (1 - settings.final_share))  # updates for the rounds before the last
     per_round = early
 
@@ -122,7 +124,10 @@ def network_trimming(
     apoz = [_mean_apoz(subject, targets)]
     for place in range(settings.max_rounds):
         last = place == settings.max_rounds - 1
-        keep, gave_way = _one_round(trimmer, subject, targets, budget, unit, settings.sigmas, last)
+        floor = {name: max(1, round(settings.narrowest * widths[name])) for name in targets}
+        keep, gave_way = _one_round(trimmer, subject, floor, budget, unit, settings.sigmas, last)
+        if not last and all(mask.all() for mask in keep.values()):  # nothing is left above the threshold
+            keep, gave_way = _one_round(trimmer, subject, floor, budget, unit, settings.sigmas, True)
         met = trimmer.cost_model.share({name: int(mask.sum()) for name, mask in keep.items()}, unit) <= budget
         plan = PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
         if place == 0:
@@ -211,7 +216,7 @@ def _targets(
 def _one_round(
     trimmer: Trimmer,
     subject: Subject,
-    targets: tuple[str, ...],
+    floor: dict[str, int],
     budget: float,
     unit: str,
     sigmas: float,
@@ -219,13 +224,14 @@ def _one_round(
 ) -> tuple[Masks, bool]:
     """Decide what stays of `subject`: masks by group, and whether the threshold gave way.
 
-    Channels above the threshold leave, weakest first, until the budget is met. If it is not met in the last
+    Channels of the targets (the keys of `floor`) above the threshold leave, weakest first, until the budget is met or
+    the target is down to its `floor`. If the budget is not met in the last
     round, the same share of every target's survivors leaves as well, those of highest APoZ first.
     """
     model = trimmer.cost_model
     keep: Masks = {group.name: np.ones(group.width, dtype=bool) for group in subject.groups}
     candidates: list[tuple[float, str, int]] = []
-    for name in targets:
+    for name in floor:
         apoz = _apoz(subject, name)
         z = (apoz - apoz.mean()) / max(float(apoz.std()), 1e-12)
         candidates += [(float(score), name, channel) for channel, score in enumerate(z) if score > sigmas]
@@ -234,12 +240,12 @@ def _one_round(
     for _, name, channel in candidates:
         if model.share(counts, unit) <= budget:
             break
-        if counts[name] > 1:
+        if counts[name] > floor[name]:
             keep[name][channel] = False
             counts[name] -= 1
     if not last or model.share(counts, unit) <= budget:
         return keep, False
-    whole = [0.0 if name in targets else 60.0 for name in counts]  # log-odds: what is no target stays
+    whole = [0.0 if name in floor else 60.0 for name in counts]  # log-odds: what is no target stays
     solved = solve_counts(model, whole, budget, unit, widths=list(counts.values()))
     for name, count in zip(counts, solved.tolist(), strict=True):
         surplus = np.flatnonzero(keep[name])
