@@ -123,7 +123,7 @@ class GroupObservation:
                     *_apoz(subject, group),
                     taylor[place] / whole,
                     *_taylor_shares(subject.statistics.groups[group.name].taylor_2017),
-                    *_residuals(subject, group),
+                    *subject.residuals[group.name].tolist(),
                     group.width / self.model.widths[place],
                 ]
                 for place, group in enumerate(subject.groups)
@@ -159,11 +159,6 @@ def _taylor_shares(taylor: FloatArray | None) -> list[float]:
         return [0.0] * 3
     cumulative = np.cumsum(np.sort(taylor)) / max(float(taylor.sum()), 1e-30)
     return [_at(np.concatenate(([0.0], cumulative)), share) for share in (0.25, 0.5, 0.75)]
-
-
-def _residuals(subject: Subject, group: ChannelGroup) -> list[float]:
-    curve = subject.residuals[group.name]
-    return [_at(curve, share) for share in (0.75, 0.5, 0.25)]
 
 
 def _at(curve: FloatArray, share: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
-from ..pruning.groups import find_groups
+from ..pruning.grouping import find_groups
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import round_seed

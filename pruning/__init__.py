@@ -1,16 +1,18 @@
 """What is true of a network: groups, statistics, plans, surgery, repair, retraining, cost. No word of RL."""
 
 from .budget import solve_counts
-from .compensation import COMPENSATIONS, compensate, recalibrate
+from .compensation import COMPENSATIONS, compensate
 from .cost import Cost, CostModel, count_cost
 from .criteria import CRITERIA, RankingContext, rank_channels
 from .data import DataSplits, SplitSettings, load_data
 from .errors import UserError
 from .evaluation import Score, evaluate
-from .groups import ChannelGroup, find_groups, shrink_groups, survey_groups
+from .grouping import find_groups, survey_groups
+from .groups import ChannelGroup, shrink_groups
 from .networks import build_network, network_names
 from .plan import PruningPlan
 from .prepare import TaskSettings, prepare_task
+from .recalibration import recalibrate
 from .retraining import RetrainSettings, retrain
 from .schedule import Built, Round, Schedule, build
 from .statistics import Statistics, measure

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .errors import UserError
-from .groups import find_groups
+from .grouping import find_groups
 from .networks import build_network
 from .plan import PruningPlan
 from .surgery import apply_plan

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .errors import UserError, closest
 from .groups import ChannelGroup
-from .least_squares import covariance, input_width, solve_mixing, weight_matrix
+from .least_squares import covariance, input_width, output_dim, solve_mixing, weight_matrix
+from .merging import Substitution, find_substitutions
 from .plan import PruningPlan
 from .statistics import ConsumerStatistics, FloatArray, Statistics
 from .surgery import kept_entries, named_tensors
-from .tracing import evaluation_mode
 
 IntArray = NDArray[np.int64]
 
@@ -43,18 +43,27 @@ class Loss:
     """What a layer lost.
 
     Attributes:
-        statistics: Moments of the layer's whole input.
-        kept: Gram features that stay.
-        removed: Gram features that leave.
+        kept: Features that stay: Gram features, or input features where the method reads no statistics.
+        removed: Features that leave.
         weight: (removed, columns) W_S; columns = outputs × taps (or shared positions).
         constant: Whether the layer can absorb a constant.
+        moments: Of the layer's whole input; None for a method that needs no data.
+        substitutions: From the weights, one for each group with channels the layer read; only for such a method.
     """
 
-    statistics: ConsumerStatistics
     kept: IntArray
     removed: IntArray
     weight: FloatArray
     constant: bool
+    moments: ConsumerStatistics | None = None
+    substitutions: Sequence[Substitution] = ()
+
+    @property
+    def statistics(self) -> ConsumerStatistics:
+        """Moments of the layer's whole input, for methods that need data."""
+        if self.moments is None:
+            raise RuntimeError("this repair reads statistics: register it with needs_data=True")
+        return self.moments
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,13 @@ class Compensation:
         name: As typed by users.
         repair: What a layer gains for what it lost; None leaves the cut as it is.
         description: One sentence.
+        needs_data: Whether `Loss.statistics` is read, else `Loss.substitutions`.
     """
 
     name: str
     repair: Callable[[Loss], Repair] | None
     description: str
+    needs_data: bool = True
 
 
 def _fold_mean(loss: Loss) -> Repair:
@@ -88,11 +99,29 @@ def _least_squares(loss: Loss) -> Repair:
     return Repair(weight, constant)
 
 
+def _merge(loss: Loss) -> Repair:
+    weight, constant = np.zeros((len(loss.kept), loss.weight.shape[1])), np.zeros(len(loss.removed))
+    for item in loss.substitutions:
+        row, used = np.searchsorted(loss.removed, item.feature), item.ratio > 0
+        constant[row] = item.constant
+        source = np.searchsorted(loss.kept, item.source[used])
+        np.add.at(weight, source, item.ratio[used, None] * loss.weight[row[used]])
+    return Repair(weight, _times(constant, loss.weight))
+
+
 COMPENSATIONS: dict[str, Compensation] = {
     record.name: record
     for record in (
-        Compensation("delete", None, "remove and repair nothing (the published variant of most methods)"),
+        Compensation(
+            "delete", None, "remove and repair nothing (the published variant of most methods)", needs_data=False
+        ),
         Compensation("fold_mean", _fold_mean, "put the removed channels' mean into the next layer's bias"),
+        Compensation(
+            "merge",
+            _merge,
+            "most similar channel that stays stands in, scaled; needs no data (Srinivas & Babu 2015, Kim et al. 2020)",
+            needs_data=False,
+        ),
         Compensation("least_squares", _least_squares, "best linear stand-in from the channels that stay"),
     )
 }
@@ -110,7 +139,7 @@ def compensate(
     network: nn.Module,
     groups: Sequence[ChannelGroup],
     plan: PruningPlan,
-    statistics: Statistics,
+    statistics: Statistics | None,
     method: str = "least_squares",
 ) -> None:
     """Repair `smaller` in place.
@@ -120,10 +149,11 @@ def compensate(
         network: The network before the cut, untouched.
         groups: Its groups.
         plan: The plan that was applied.
-        statistics: `measure` of `network`, with second moments unless `method` is "delete".
+        statistics: `measure` of `network`, with second moments; None will do where the method needs no data.
         method: Name from `COMPENSATIONS`.
     """
-    repair = get_compensation(method).repair
+    record = get_compensation(method)
+    repair = record.repair
     if repair is None:
         return
     plan = plan.completed(groups)
@@ -131,12 +161,14 @@ def compensate(
     entries = kept_entries(groups, plan, tensors)
     before = dict(network.named_modules(remove_duplicate=False))
     after = dict(smaller.named_modules(remove_duplicate=False))
+    measured = statistics.consumers if record.needs_data and statistics is not None else {}
+    substitutions = {} if record.needs_data else find_substitutions(network, groups, plan)
     for name, removed_inputs, norm in _shortened(groups, plan):
-        if name not in statistics.consumers:
+        if record.needs_data and name not in measured:
             raise UserError(f"compensation {method!r} needs second moments; call measure(..., grams=True)")
-        stats = statistics.consumers[name]
-        outputs = entries.get(f"{name}.weight", {}).get(_output_dim(before[name]))
-        _repair_layer(before[name], after[name], stats, removed_inputs, outputs, repair, norm and after[norm])
+        evidence = _Evidence(measured.get(name), substitutions.get(name, ()))
+        outputs = entries.get(f"{name}.weight", {}).get(output_dim(before[name]))
+        _repair_layer(before[name], after[name], evidence, removed_inputs, outputs, repair, norm and after[norm])
 
 
 def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tuple[str, IntArray, str | None]]:
@@ -155,33 +187,38 @@ def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tu
         yield name, np.unique(np.concatenate(parts)), norms[name]
 
 
-def _output_dim(layer: Any) -> int:
-    return 1 if getattr(layer, "transposed", False) else 0
+@dataclass(frozen=True, eq=False)
+class _Evidence:
+    """What is known of one layer's input: from data, or from the weights before it."""
+
+    moments: ConsumerStatistics | None
+    substitutions: Sequence[Substitution]
 
 
 def _repair_layer(
     old: Any,
     new: Any,
-    stats: ConsumerStatistics,
+    evidence: _Evidence,
     removed_inputs: IntArray,
     outputs: Tensor | None,
     repair: Callable[[Loss], Repair],
     norm: Any,
 ) -> None:
-    features = len(stats.mean)
+    features = input_width(old) if evidence.moments is None else len(evidence.moments.mean)
     shared = input_width(old) // features
     removed = np.unique(removed_inputs // shared)
     kept = np.setdiff1d(np.arange(features), removed)
     if isinstance(norm, nn.Module) and getattr(norm, "running_mean", None) is None:
         norm = None
-    weight = old.weight if outputs is None else old.weight.index_select(_output_dim(old), outputs.to(old.weight.device))
+    weight = old.weight if outputs is None else old.weight.index_select(output_dim(old), outputs.to(old.weight.device))
     matrix = weight_matrix(old, weight, features)  # (features, outputs × taps)
-    gained = repair(Loss(stats, kept, removed, matrix[removed], old.bias is not None or norm is not None))
+    constant = old.bias is not None or norm is not None
+    gained = repair(Loss(kept, removed, matrix[removed], constant, evidence.moments, evidence.substitutions))
     with torch.no_grad():
         if gained.weight is not None:
             new.weight.copy_(_as_weight(old, torch.from_numpy(matrix[kept] + gained.weight), new.weight))
         if gained.constant is not None:
-            shift = gained.constant.reshape(weight.shape[_output_dim(old)], -1).sum(1)  # over taps and positions
+            shift = gained.constant.reshape(weight.shape[output_dim(old)], -1).sum(1)  # over taps and positions
             if new.bias is not None:
                 new.bias.add_(torch.from_numpy(shift).to(new.bias))
             elif norm is not None:
@@ -195,59 +232,3 @@ def _as_weight(layer: Any, matrix: Tensor, like: Tensor) -> Tensor:
     if layer.transposed:
         return matrix.reshape(like.shape)
     return matrix.reshape(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1)
-
-
-BATCH_NORM_SAMPLES = 32
-"""Fewest examples from which batch-norm statistics are re-estimated."""
-
-
-def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> int:
-    """Re-estimate every batch norm's running mean and variance from data (EagleEye, Li et al. 2020).
-
-    Args:
-        network: Changed in place; only running statistics change, modes come back.
-        batches: Inputs (N, …), or pairs of which the first is taken.
-
-    Returns:
-        Number of batch norms re-estimated (0: nothing to do, no data is read).
-
-    Raises:
-        UserError: Fewer than `BATCH_NORM_SAMPLES` examples came; the statistics are left as they were.
-    """
-    norms = [
-        module
-        for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    if not norms:
-        return 0
-    momenta = {norm: norm.momentum for norm in norms}
-    earlier = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    samples = 0
-    with evaluation_mode(network), torch.no_grad():
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # cumulative average over batches
-                norm.training = True
-            first = 0
-            for batch in batches:
-                inputs = batch if isinstance(batch, Tensor) else batch[0]
-                first = first or len(inputs)
-                if 2 * len(inputs) < first:
-                    continue  # every batch weighs the same in a cumulative average: a short last one is left out
-                samples += len(inputs)
-                network(inputs)
-            if samples < BATCH_NORM_SAMPLES:
-                raise UserError(
-                    f"batch norm needs at least {BATCH_NORM_SAMPLES} examples to be recalibrated, but got {samples}; "
-                    "give more calibration data"
-                )
-        except BaseException:
-            for buffer, value in earlier:
-                buffer.copy_(value)
-            raise
-        finally:
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
-    return len(norms)

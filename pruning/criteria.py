@@ -52,12 +52,14 @@ class Criterion:
         score: (group, context) -> (width,) scores, high = keep.
         description: One sentence with its source.
         needs_relu: Whether it is undefined where no ReLU follows.
+        needs_norm: Whether it is undefined where no batch norm with weights follows.
     """
 
     name: str
     score: Score
     description: str
     needs_relu: bool = False
+    needs_norm: bool = False
 
 
 def _apoz(group: ChannelGroup, context: RankingContext) -> FloatArray:
@@ -91,6 +93,23 @@ def _l2(group: ChannelGroup, context: RankingContext) -> FloatArray:
     return context.of(group).l2
 
 
+def _bn_scale(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    modules = dict(context.network.named_modules(remove_duplicate=False))
+    scores, found = np.zeros(group.width), False
+    for piece in group.slices:
+        name, _, tensor = piece.tensor.rpartition(".")
+        norm = modules.get(name)
+        if tensor == "weight" and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            found = True
+            np.add.at(scores, piece.channel, norm.weight.detach().double().abs().cpu().numpy()[piece.index])
+    if not found:
+        raise UserError(
+            "criterion 'bn_scale' needs a batch norm with weights behind each group, but none follows "
+            f"{group.name!r}; use 'l2', 'taylor_2017' or 'least_squares'"
+        )
+    return scores
+
+
 def _least_squares(group: ChannelGroup, context: RankingContext) -> FloatArray:
     order = greedy_order(context.problems(group))
     scores = np.empty(group.width)
@@ -118,6 +137,9 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("taylor_2019", _taylor_2019, "largest squared gradient × activation stays (Molchanov et al. 2019)"),
         Criterion("l1", _l1, "largest sum of absolute weights stays (Li et al. 2017)"),
         Criterion("l2", _l2, "largest Euclidean weight norm stays"),
+        Criterion(
+            "bn_scale", _bn_scale, "largest |γ| of the batch norm behind stays (Liu et al. 2017)", needs_norm=True
+        ),
         Criterion("least_squares", _least_squares, "greedy choice by what the next layers lose after repair (ours)"),
         Criterion("random", _random, "a random choice that depends on the seed and the group's name only"),
     )

@@ -1,32 +1,17 @@
-"""Which channels must leave together, as plain data.
+"""Which channels must leave together, as plain data: index maps of every tensor that belongs to a channel.
 
-Torch-Pruning's dependency graph finds the coupling between layers once; `find_groups` compiles its answer to
-index maps. From then on a cut is only `index_select`: no graph is walked again, neither for another plan nor
-for a second round on a network that was already cut (`shrink_groups`).
-
-Source of the coupling rules: Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023), as
-implemented by the package torch-pruning.
+`grouping.find_groups` makes them once. From then on a cut is only `index_select`: no graph is walked again, neither
+for another plan nor for a second round on a network that was already cut (`shrink_groups`).
 """
 
-import copy
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch_pruning
 from numpy.typing import NDArray
-from torch import Tensor, nn
-
-from .errors import UserError
-from .tracing import ActivationCall, Trace, trace_forward
 
 IndexArray = NDArray[np.int64]
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-CHANNEL_LAST = (nn.Linear, nn.LayerNorm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +90,9 @@ class ActivationSite:
 class ChannelGroup:
     """Channels of one or more layers that can only leave together.
 
+    Where grouped convolutions read or write them, a *channel* here is a unit of several: those of a whole convolution
+    group leave together, so that a grouped convolution stays one.
+
     Attributes:
         name: The first layer, in order of execution, that produces the channels.
         width: Number of channels present.
@@ -148,57 +136,6 @@ class GroupSurvey:
 
     groups: tuple[ChannelGroup, ...]
     refused: tuple[RefusedGroup, ...]
-
-
-def find_groups(network: nn.Module, example_input: Tensor) -> tuple[ChannelGroup, ...]:
-    """Find the prunable channel groups of a network, from input to output.
-
-    Args:
-        network: Any traceable network; it is examined on a copy and comes back untouched.
-        example_input: (N, C, H, W) or whatever `network` takes; values do not matter.
-
-    Returns:
-        The groups that can be cut, in order of execution. The output layer is never among them;
-        `survey_groups` tells what was refused and why.
-
-    Raises:
-        UserError: The network cannot be run or traced, or nothing in it can be cut.
-    """
-    survey = survey_groups(network, example_input)
-    if not survey.groups:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in survey.refused) or "no layer with channels"
-        raise UserError(f"a network needs at least one prunable channel group, but none was found ({reasons})")
-    return survey.groups
-
-
-def survey_groups(network: nn.Module, example_input: Tensor) -> GroupSurvey:
-    """Find every channel group, prunable or not. Arguments as for `find_groups`."""
-    work = copy.deepcopy(network).eval()
-    work.requires_grad_(True)
-    example_input = example_input.detach().clone()  # a network may begin with an in-place operation
-    trace = trace_forward(work, example_input.clone())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = torch_pruning.DependencyGraph().build_dependency(work, example_inputs=example_input)
-    except Exception as error:
-        raise UserError(
-            f"the network must be traceable by its dependency graph, but that failed: {type(error).__name__}: {error}"
-        ) from error
-    names = {module: name for name, module in work.named_modules()}
-    parameter_names = {id(parameter): name for name, parameter in work.named_parameters()}
-    found: list[tuple[int, ChannelGroup | RefusedGroup]] = []
-    roots = (*CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-    for raw in graph.get_all_groups(root_module_types=roots):
-        draft = _Draft(names, parameter_names, trace)
-        for item in raw:
-            draft.add(item)
-        found.append((draft.position, draft.finish()))
-    found.sort(key=lambda pair: pair[0])
-    return GroupSurvey(
-        groups=tuple(group for _, group in found if isinstance(group, ChannelGroup)),
-        refused=tuple(group for _, group in found if isinstance(group, RefusedGroup)),
-    )
 
 
 def shrink_groups(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> tuple[ChannelGroup, ...]:
@@ -254,172 +191,3 @@ def _mask(width: int, keep: Iterable[int] | None) -> NDArray[np.bool_]:
     mask = np.zeros(width, dtype=bool)
     mask[slice(None) if keep is None else np.asarray(list(keep), dtype=np.int64)] = True
     return mask
-
-
-class _Draft:
-    """Collects what Torch-Pruning says of one group and turns it into index maps."""
-
-    def __init__(self, names: dict[nn.Module, str], parameter_names: dict[int, str], trace: Trace) -> None:
-        self.names = names
-        self.parameter_names = parameter_names
-        self.trace = trace
-        self.name = ""
-        self.width = 0
-        self.problem: str | None = None
-        self.producers: dict[str, nn.Module] = {}
-        self.consumers: list[Consumer] = []
-        self.slices: list[TensorSlice] = []
-        self.attributes: list[AttributeCut] = []
-        self.outputs: dict[str, tuple[nn.Module, IndexArray, IndexArray]] = {}
-
-    @property
-    def position(self) -> int:
-        """Order of execution of the first producer; what never ran comes last."""
-        return min((self.trace.order.get(name, 10**9) for name in self.producers), default=10**9)
-
-    def add(self, item: Any) -> None:
-        module = item.dep.target.module
-        handler = item.dep.handler.__name__.removeprefix("_")
-        index = np.asarray(item.idxs, dtype=np.int64)
-        channel = np.asarray(item.root_idxs, dtype=np.int64)
-        order = np.argsort(index, kind="stable")
-        index, channel = index[order], channel[order]
-        if isinstance(module, nn.Parameter):
-            name = self.parameter_names.get(id(module), "")
-            dim = getattr(item.dep.target, "pruning_dim", None)
-            if not name or dim is None:
-                self.refuse("a parameter outside the known layer types depends on its channels")
-            else:
-                self.slices.append(TensorSlice(name, int(dim), channel, index))
-            return
-        if module not in self.names:
-            return  # an operation without parameters: sum, flatten, concatenation, activation
-        name = self.names[module]
-        if not self.width and "out" in handler:
-            self.width = len(np.unique(channel))
-        if isinstance(module, (*CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            self._convolution(name, module, handler, channel, index)
-        elif isinstance(module, nn.Linear):
-            self._linear(name, module, handler, channel, index)
-        elif isinstance(module, (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)):
-            self._tensors(name, module, ("weight", "bias", "running_mean", "running_var"), 0, channel, index)
-            self._attribute(name, "num_features", index)
-            self.outputs[name] = (module, channel, index)
-        elif isinstance(module, nn.LayerNorm):
-            self._tensors(name, module, ("weight", "bias"), -1, channel, index)
-            self._attribute(name, "normalized_shape", index)
-            self.outputs[name] = (module, channel, index)
-        elif isinstance(module, nn.PReLU):
-            if module.num_parameters > 1:
-                self._tensors(name, module, ("weight",), 0, channel, index)
-                self._attribute(name, "num_parameters", index)
-        elif list(module.parameters(recurse=False)):
-            self.refuse(f"{type(module).__name__} {name!r} is not a layer type that can be cut")
-
-    def refuse(self, reason: str) -> None:
-        self.problem = self.problem or reason
-
-    def _convolution(self, name: str, module: Any, handler: str, channel: IndexArray, index: IndexArray) -> None:
-        transposed = module.transposed
-        depthwise = module.groups > 1 and module.groups == module.in_channels == module.out_channels
-        if module.groups > 1 and not depthwise:
-            self.refuse(f"grouped convolution {name!r} ({module.groups} groups)")
-        if depthwise:
-            if "out" in handler or name not in self.outputs:
-                self._tensors(name, module, ("weight", "bias"), 0, channel, index)
-                for attribute in ("in_channels", "out_channels", "groups"):
-                    self._attribute(name, attribute, index)
-                self.outputs[name] = (module, channel, index)
-        elif "out" in handler:
-            self.producers[name] = module
-            self._tensors(name, module, ("weight",), 1 if transposed else 0, channel, index)
-            self._tensors(name, module, ("bias",), 0, channel, index)
-            self._attribute(name, "out_channels", index)
-            self.outputs[name] = (module, channel, index)
-        else:
-            self._tensors(name, module, ("weight",), 0 if transposed else 1, channel, index)
-            self._attribute(name, "in_channels", index)
-            self.consumers.append(Consumer(name, channel, index, self.trace.norm_after.get(name)))
-
-    def _linear(self, name: str, module: nn.Linear, handler: str, channel: IndexArray, index: IndexArray) -> None:
-        if "out" in handler:
-            self.producers[name] = module
-            self._tensors(name, module, ("weight", "bias"), 0, channel, index)
-            self._attribute(name, "out_features", index)
-            self.outputs[name] = (module, channel, index)
-        else:
-            self._tensors(name, module, ("weight",), 1, channel, index)
-            self._attribute(name, "in_features", index)
-            self.consumers.append(Consumer(name, channel, index, self.trace.norm_after.get(name)))
-
-    def _tensors(
-        self,
-        name: str,
-        module: nn.Module,
-        tensors: Sequence[str],
-        dim: int,
-        channel: IndexArray,
-        index: IndexArray,
-    ) -> None:
-        for tensor in tensors:
-            value = getattr(module, tensor, None)
-            if value is None:
-                continue
-            if not isinstance(value, Tensor) or tensor not in {**module._parameters, **module._buffers}:
-                self.refuse(f"{name}.{tensor} is computed, not stored (a parametrization or weight norm)")
-                continue
-            self.slices.append(TensorSlice(f"{name}.{tensor}", dim % value.dim(), channel, index))
-
-    def _attribute(self, name: str, attribute: str, index: IndexArray) -> None:
-        per_channel = len(index) // max(self.width, 1)
-        if per_channel * self.width != len(index):
-            self.refuse(f"{name!r} sees only part of the channels")
-        self.attributes.append(AttributeCut(name, attribute, per_channel))
-
-    def finish(self) -> ChannelGroup | RefusedGroup:
-        ordered = sorted(self.producers, key=lambda name: self.trace.order.get(name, 10**9))
-        name = ordered[0] if ordered else "?"
-        if not self.consumers:
-            self.refuse("its channels are the network's outputs")
-        if ordered and name not in self.trace.order:
-            self.refuse("it did not run in the forward pass")
-        if self.problem:
-            return RefusedGroup(name, self.width, self.problem)
-        modules = [self.producers[producer] for producer in ordered]
-        return ChannelGroup(
-            name=name,
-            width=self.width,
-            producers=tuple(ordered),
-            consumers=tuple(self.consumers),
-            slices=tuple(self.slices),
-            attributes=tuple(self.attributes),
-            sites=self._sites(ordered),
-            kernel=max(max(getattr(module, "kernel_size", (1,))) for module in modules),
-            stride=max(max(getattr(module, "stride", (1,))) for module in modules),
-        )
-
-    def _sites(self, producers: Sequence[str]) -> tuple[ActivationSite, ...]:
-        sites = []
-        for call in self.trace.calls:
-            site = self._site(call)
-            if site is not None:
-                sites.append(site)
-        if any(site.rectified for site in sites):
-            return tuple(site for site in sites if site.rectified)
-        if sites:
-            return tuple(sites)
-        return tuple(
-            ActivationSite(name, None, -1 if isinstance(module, CHANNEL_LAST) else 1, channel, index, False)
-            for name, (module, channel, index) in self.outputs.items()
-            if name in producers
-        )
-
-    def _site(self, call: ActivationCall) -> ActivationSite | None:
-        for name in call.sources:
-            if name not in self.outputs:
-                continue
-            module, channel, index = self.outputs[name]
-            dim = -1 if isinstance(module, CHANNEL_LAST) else 1
-            if len(call.shape) > abs(dim) and call.shape[dim] == self.trace.widths.get(name):
-                return ActivationSite(name, call.ordinal, dim, channel, index, call.rectified)
-        return None

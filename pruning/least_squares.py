@@ -79,6 +79,11 @@ def input_width(layer: Any) -> int:
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
+def output_dim(layer: Any) -> int:
+    """Return the dimension of a layer's weight that counts its outputs."""
+    return 1 if getattr(layer, "transposed", False) else 0
+
+
 def solve_mixing(
     moment: FloatArray,
     kept: NDArray[np.int64],
@@ -113,11 +118,16 @@ def solve_mixing(
     return (solution @ torch.from_numpy(weight) if late and weight is not None else solution).numpy()
 
 
+GREEDY_STEPS = 512
+"""Most selection steps for one group: a wider group takes several channels a step, those of highest gain."""
+
+
 def greedy_order(problems: Sequence[ConsumerProblem]) -> NDArray[np.int64]:
     """Order channels so that each next one reduces the summed residual of all consumers most.
 
-    Forward selection by a pivoted Cholesky factorisation: R is the covariance that the channels chosen so far
-    cannot explain; choosing channel j lowers tr(M R) by R_j M R_j / R_jj, and R falls by a rank-one update.
+    Forward selection by a pivoted block Cholesky factorisation: R is the covariance that the channels chosen so far
+    cannot explain; choosing channel j lowers tr(M R) by tr(R_jj⁻¹ (R M R)_jj), and R falls by a low-rank update.
+    Groups of more than `GREEDY_STEPS` channels choose ceil(width / GREEDY_STEPS) channels a step.
 
     Returns:
         (width,) channels, first chosen first.
@@ -125,15 +135,35 @@ def greedy_order(problems: Sequence[ConsumerProblem]) -> NDArray[np.int64]:
     width = len(problems[0].features)
     states = [_Elimination(problem) for problem in problems]
     left = np.ones(width, dtype=bool)
-    order = np.empty(width, dtype=np.int64)
-    for place in range(width):
+    order: list[int] = []
+    at_once = -(-width // GREEDY_STEPS)
+    while len(order) < width:
         gain = np.sum([state.gains() for state in states], axis=0)
         gain[~left] = -np.inf
-        order[place] = best = int(np.argmax(gain))
+        best = [int(channel) for channel in np.argsort(-gain, kind="stable")[:at_once] if left[channel]]
         left[best] = False
+        order += best
         for state in states:
             state.keep(best)
-    return order
+    return np.array(order, dtype=np.int64)
+
+
+def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | NDArray[np.int64]) -> float:
+    """Return the relative residual, averaged over consumers, when the channels `kept` stay; in [0, 1].
+
+    Solved directly: tr(M_SS Σ_S|K) / tr(M Σ) over the features of the group.
+    """
+    shares = []
+    for problem in problems:
+        own = np.concatenate(problem.features)
+        stays = np.isin(own, np.concatenate([problem.features[int(channel)] for channel in kept]))
+        moment, weight = problem.moment[np.ix_(own, own)], problem.weight[np.ix_(own, own)]
+        whole = float((moment * weight).sum())
+        keep, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
+        mixing = solve_mixing(moment, keep, gone)
+        left = moment[np.ix_(gone, gone)] - moment[np.ix_(gone, keep)] @ mixing
+        shares.append(float((left * weight[np.ix_(gone, gone)]).sum()) / max(whole, 1e-30))
+    return float(np.clip(np.mean(shares), 0.0, 1.0))
 
 
 def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | NDArray[np.int64]) -> FloatArray:
@@ -144,7 +174,7 @@ def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | NDArra
     curve[0] = 1.0
     for place, channel in enumerate(order):
         for state in states:
-            state.keep(int(channel))
+            state.keep([int(channel)])
         shares = [state.residual() / whole for state, whole in zip(states, total, strict=True)]
         curve[place + 1] = float(np.clip(np.mean(shares), 0.0, 1.0))
     return np.minimum.accumulate(curve)
@@ -178,23 +208,23 @@ class _Elimination:
 
     def _block_gains(self, local: NDArray[np.int64]) -> FloatArray:
         """Gains of equally large blocks; local: (blocks, T) features."""
+        if local.shape[1] == 1:
+            diagonal = np.diagonal(self.remaining)[local[:, 0]]
+            weighted = np.einsum("fb,fb->b", self.remaining, self.product)[local[:, 0]]
+            return np.where(diagonal > self.floor, weighted / np.maximum(diagonal, self.floor), 0.0)
         rows = self.remaining[local]  # (blocks, T, F)
         weighted = np.einsum("btf,bfs->bts", rows, self.product.T[local].transpose(0, 2, 1), optimize=True)
         own = np.take_along_axis(rows, local[:, None, :].repeat(local.shape[1], 1), axis=2)  # (blocks, T, T)
-        if local.shape[1] == 1:
-            diagonal = own[:, 0, 0]
-            return np.where(diagonal > self.floor, weighted[:, 0, 0] / np.maximum(diagonal, self.floor), 0.0)
-        own = own + self.floor * np.eye(local.shape[1])
-        return np.einsum("btt->b", np.linalg.solve(own, weighted))
+        return np.einsum("bts,bst->b", np.linalg.pinv(own, rcond=1e-9, hermitian=True), weighted)
 
-    def keep(self, channel: int) -> None:
-        """Take what the channel explains out of R and M R: a block step of the Cholesky factorisation."""
-        local = self.local[channel]
+    def keep(self, channels: Sequence[int]) -> None:
+        """Take what the channels explain out of R and M R: a block step of the Cholesky factorisation."""
+        local = np.concatenate([self.local[channel] for channel in channels])
         columns = self.remaining[:, local]  # (F, T)
         own = columns[local]
         if float(np.trace(own)) <= self.floor:
             return
-        explained = np.linalg.solve(own + self.floor * np.eye(len(local)), columns.T)  # (T, F)
+        explained = np.linalg.pinv(own, rcond=1e-9, hermitian=True) @ columns.T  # (T, F)
         self.product -= self.product[:, local] @ explained
         self.remaining -= columns @ explained
 

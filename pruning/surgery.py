@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import UserError
 from .groups import ChannelGroup, IndexArray
@@ -194,9 +196,11 @@ def verify_cut(
                 if tensor is not None and len(tensor) != module.num_features:
                     raise SurgeryError(f"batch norm {name!r} says {module.num_features}, holds {len(tensor)}")
     masked = masked_copy(network, groups, plan)
+    norms = _KeptLayerNorm(masked, groups, plan.completed(groups))
     exact = torch.backends.cudnn.flags(allow_tf32=False)
     with evaluation_mode(masked), evaluation_mode(smaller), torch.no_grad(), exact:
-        expected = masked(inputs)
+        with norms:
+            expected = masked(inputs)
         try:
             got = smaller(inputs)
         except RuntimeError as error:
@@ -205,12 +209,39 @@ def verify_cut(
     scale = max(float(expected.abs().max()), 1e-12)
     difference = float((expected - got).abs().max()) / scale if expected.shape == got.shape else float("inf")
     if not difference <= limit:
-        layer = _first_difference(masked, smaller, groups, plan, inputs, limit)
+        layer = _first_difference(masked, smaller, groups, plan, inputs, limit, norms)
         raise SurgeryError(
             f"the cut network must equal the masked one to {limit:g}, "
             f"but differs by {difference:.3g}, first at {layer!r}"
         )
     return difference
+
+
+class _KeptLayerNorm(TorchFunctionMode):
+    """Makes the masked network's layer norms normalise over the channels that stay, as the cut network's do."""
+
+    def __init__(self, masked: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> None:
+        super().__init__()
+        tensors = named_tensors(masked)
+        norms = {f"{name}.weight" for name, module in masked.named_modules() if isinstance(module, nn.LayerNorm)}
+        self.kept = {
+            id(tensors[name]): dims[0]
+            for name, dims in kept_entries(groups, plan, tensors).items()
+            if name in norms and 0 in dims
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+        if func is not F.layer_norm or id(weight) not in self.kept:
+            return func(*args, **kwargs)
+        bias = kwargs.get("bias", args[3] if len(args) > 3 else None)
+        eps = kwargs.get("eps", args[4] if len(args) > 4 else 1e-5)
+        kept = self.kept[id(weight)].to(weight.device)
+        inner = args[0].index_select(-1, kept)
+        bias = None if bias is None else bias.index_select(0, kept)
+        normal = F.layer_norm(inner, (len(kept),), weight.index_select(0, kept), bias, eps)
+        return torch.zeros_like(args[0]).index_copy(-1, kept, normal)
 
 
 def _first_difference(
@@ -220,6 +251,7 @@ def _first_difference(
     plan: PruningPlan,
     inputs: Tensor,
     limit: float,
+    norms: "_KeptLayerNorm",
 ) -> str:
     """Name the first consumer, in order of execution, whose kept outputs differ."""
     kept = kept_entries(groups, plan, named_tensors(masked))
@@ -233,7 +265,7 @@ def _first_difference(
             for name in consumers
         ]
         try:
-            with evaluation_mode(network), torch.no_grad():
+            with evaluation_mode(network), torch.no_grad(), norms:
                 network(inputs)
         finally:
             for handle in handles:

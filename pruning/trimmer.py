@@ -16,14 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .compensation import compensate, get_compensation, recalibrate
+from .compensation import compensate, get_compensation
 from .cost import Cost, CostModel, count_cost
-from .criteria import RankingContext, get_criterion, rank_channels, residual_curve
+from .criteria import RankingContext, get_criterion, rank_channels
 from .data import Split
 from .errors import UserError
 from .evaluation import Score, evaluate
-from .groups import ChannelGroup, find_groups, shrink_groups
+from .grouping import find_groups
+from .groups import ChannelGroup, shrink_groups
+from .least_squares import residual_when
 from .plan import PruningPlan
+from .recalibration import recalibrate
 from .retraining import RetrainResult, RetrainSettings, retrain
 from .statistics import Statistics, measure
 from .surgery import apply_plan
@@ -97,8 +100,13 @@ class Subject:
 
     @cached_property
     def residuals(self) -> dict[str, NDArray[np.float64]]:
-        """Group name -> (width + 1,) `criteria.residual_curve` along `orders`; computed when first needed."""
-        return {group.name: residual_curve(group, self.context, self.orders[group.name]) for group in self.groups}
+        """Group name -> (3,) least-squares residual when 75, 50 and 25 % stay by `orders`; when first needed."""
+        result = {}
+        for group in self.groups:
+            problems, order = self.context.problems(group), self.orders[group.name]
+            counts = [max(1, round(share * group.width)) for share in (0.75, 0.5, 0.25)]
+            result[group.name] = np.array([residual_when(problems, order[:count]) for count in counts])
+        return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,11 @@ import prunegym.pruning.statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from prunegym.pruning.compensation import COMPENSATIONS, compensate, get_compensation, recalibrate
+from prunegym.pruning.compensation import COMPENSATIONS, compensate, get_compensation
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.groups import find_groups
+from prunegym.pruning.grouping import find_groups
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.recalibration import recalibrate
 from prunegym.pruning.statistics import measure
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ import torch
 from prunegym.pruning.budget import solve_counts
 from prunegym.pruning.cost import CostModel, count_cost
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.groups import find_groups
+from prunegym.pruning.grouping import find_groups
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.surgery import apply_plan
 from torch import nn

@@ -8,11 +8,12 @@ import pytest
 import torch
 from prunegym.pruning.criteria import CRITERIA, RankingContext, get_criterion, rank_channels, residual_curve
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.groups import ChannelGroup, find_groups
+from prunegym.pruning.grouping import find_groups
+from prunegym.pruning.groups import ChannelGroup
 from prunegym.pruning.least_squares import consumer_problems
 from prunegym.pruning.statistics import GroupStatistics, Statistics, measure
 from torch import nn
-from toys import TOYS, ToyConv, ToyMLP, images, labelled, make
+from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
 
 
 def context_of(toy: Callable[[], Any], seed: int = 0) -> tuple[RankingContext, tuple[ChannelGroup, ...]]:
@@ -31,8 +32,11 @@ def made_up(**arrays: Any) -> tuple[RankingContext, tuple[ChannelGroup, ...]]:
     return RankingContext(network, Statistics({"fc2": GroupStatistics(**fields)}, {}, 1, 0.0)), groups
 
 
-@pytest.mark.parametrize("name", CRITERIA)
-@pytest.mark.parametrize("toy", TOYS)
+PAIRS = [(toy, name) for toy in TOYS for name in CRITERIA if toy is ToyResidual or not CRITERIA[name].needs_norm]
+"""Every criterion on every toy for which it is defined."""
+
+
+@pytest.mark.parametrize(("toy", "name"), PAIRS)
 class TestEveryCriterion:
     def test_orders_are_permutations_and_repeatable(self, toy: Callable[[], Any], name: str) -> None:
         context, groups = context_of(toy)
@@ -55,6 +59,7 @@ class TestEveryCriterion:
     def test_has_a_sentence(self, toy: Callable[[], Any], name: str) -> None:
         assert len(CRITERIA[name].description.split()) >= 4
         assert CRITERIA[name].needs_relu == (name == "apoz")
+        assert CRITERIA[name].needs_norm == (name == "bn_scale")
 
 
 @pytest.mark.parametrize("name", ["mean_activation", "taylor_2017", "taylor_2019", "l1", "l2"])
@@ -73,6 +78,30 @@ def test_taylor_2017_is_divided_by_the_layers_norm() -> None:
     np.testing.assert_allclose(CRITERIA["taylor_2017"].score(groups[0], context), [0.6, 0, 0.8, 0])
     silent, groups = made_up()
     assert (CRITERIA["taylor_2017"].score(groups[0], silent) == 0).all()
+
+
+def test_bn_scale_sums_over_tied_layers() -> None:
+    network = make(ToyResidual)
+    with torch.no_grad():
+        network.stem_bn.weight.copy_(torch.tensor([1.0, -2.0, 0.0, 4.0, 0.5, 0.0]))
+        network.bn2.weight.copy_(torch.tensor([0.0, 1.0, 0.25, -1.0, 0.0, 6.0]))
+        network.bn1.weight.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3, 0.0]))
+    groups = {group.name: group for group in find_groups(network, images(network.shape))}
+    context = RankingContext(network, Statistics({}, {}, 1, 0.0))
+    score = CRITERIA["bn_scale"].score
+    np.testing.assert_allclose(score(groups["stem"], context), [1.0, 3.0, 0.25, 5.0, 0.5, 6.0])
+    np.testing.assert_allclose(score(groups["conv1"], context), [0.1, 0.2, 0.0, 0.3, 0.0], rtol=1e-6)
+    assert rank_channels("bn_scale", [groups["stem"]], context)["stem"].tolist() == [5, 3, 1, 0, 4, 2]
+
+
+@pytest.mark.parametrize("layers", [[], [nn.BatchNorm1d(4, affine=False)]])
+def test_bn_scale_needs_weights_of_a_batch_norm(layers: list[nn.Module]) -> None:
+    network = nn.Sequential(nn.Linear(5, 4), *layers, nn.ReLU(), nn.Linear(4, 3))
+    groups = find_groups(network, images((5,)))
+    context = RankingContext(network, Statistics({}, {}, 1, 0.0))
+    message = "'bn_scale' needs a batch norm with weights behind each group, but none follows '0'; use 'l2'"
+    with pytest.raises(UserError, match=message):
+        rank_channels("bn_scale", groups, context)
 
 
 def test_random_depends_on_seed_and_name_only() -> None:

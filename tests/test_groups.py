@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from prunegym.pruning.errors import UserError, closest
-from prunegym.pruning.groups import ChannelGroup, find_groups, shrink_groups, survey_groups
+from prunegym.pruning.grouping import find_groups, survey_groups
+from prunegym.pruning.groups import ChannelGroup, shrink_groups
 from prunegym.pruning.networks import build_network
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn
 from toys import TOYS, ToyConv, ToyResidual, images, make, random_plan
@@ -100,15 +102,28 @@ def test_output_layer_is_refused_with_its_reason() -> None:
     ]
 
 
-def test_grouped_convolution_is_refused_with_its_reason() -> None:
+def test_a_grouped_convolution_loses_whole_groups() -> None:
     network = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(6 * 16, 2)
-    )
-    survey = survey_groups(network, torch.zeros(1, 3, 8, 8))
-    assert [group.name for group in survey.groups] == ["2"]
-    reasons = {item.name: item.reason for item in survey.refused}
-    assert reasons["0"] == "grouped convolution '1' (2 groups)"
-    assert reasons["1"] == "grouped convolution '1' (2 groups)"
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.Flatten(),
+        nn.Linear(6 * 16, 2),
+    )  # fmt: skip
+    groups = find_groups(network, torch.zeros(1, 3, 8, 8))
+    assert [(group.name, group.width) for group in groups] == [("0", 4), ("3", 6)]
+    smaller = apply_plan(network, groups, PruningPlan({"0": [0, 3], "3": range(6)}))
+    cut = smaller[1]
+    assert (cut.in_channels, cut.out_channels, cut.groups) == (4, 6, 2)
+    assert torch.equal(cut.weight, network[1].weight[[0, 1, 2, 9, 10, 11]])
+    assert torch.equal(smaller[0].weight, network[0].weight[[0, 1, 6, 7]])
+    assert torch.equal(smaller[3].weight, network[3].weight[:, [0, 1, 2, 9, 10, 11]])
+
+
+def test_a_convolution_of_one_input_group_is_refused_with_its_reason() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(6 * 36, 2))
+    survey = survey_groups(network, torch.zeros(1, 4, 8, 8))
+    assert [group.name for group in survey.groups] == ["1"]
+    assert [item.reason for item in survey.refused if item.name != "3"] == [
+        "grouped convolution '0' is not wholly between its channels"
+    ]
 
 
 def test_depthwise_convolution_joins_the_group_it_reads() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.groups import ChannelGroup, find_groups
+from prunegym.pruning.grouping import find_groups
+from prunegym.pruning.groups import ChannelGroup
 from prunegym.pruning.plan import PruningPlan
 from toys import ToyConv, images, make, random_plan
 

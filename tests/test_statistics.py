@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.groups import find_groups
+from prunegym.pruning.grouping import find_groups
 from prunegym.pruning.statistics import Statistics, measure
 from torch import Tensor, nn
 from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make

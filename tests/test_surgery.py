@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch_pruning
 from prunegym.pruning.errors import UserError
-from prunegym.pruning.groups import ChannelGroup, find_groups, shrink_groups
+from prunegym.pruning.grouping import find_groups
+from prunegym.pruning.groups import ChannelGroup, shrink_groups
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import SurgeryError, apply_plan, verify_cut
