@@ -24,6 +24,7 @@ from ..pruning.schedule import Schedule, build
 from ..pruning.splits import SealedSplitError
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
+from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
 from .progress import Progress
 from .report import console_table, note_lines, verdict_lines
@@ -35,6 +36,7 @@ USAGE = """usage: prunegym COMMAND ...
 
   search CONFIG.yaml [--option value ...]   learn a schedule, build the network, compare it with the APoZ heuristic
   apply RUN [--schedule FILE]               rebuild the network of a run from its (perhaps edited) schedule.json
+  inspect NETWORK [--data NAME]             list what can be cut, what not and why, and the reachable budgets
 
 `prunegym COMMAND --help` lists the options of a command. CONFIG may also be the name of a shipped one
 ({configs}).
@@ -44,14 +46,14 @@ USAGE = """usage: prunegym COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"search": search_command, "apply": apply_command}
+    commands = {"search": search_command, "apply": apply_command, "inspect": inspect_command}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(USAGE.format(configs=", ".join(shipped_configs())))  # noqa: T201  (a command line talks)
             return 0 if arguments else 2
         if arguments[0] not in commands:
             hint = closest(arguments[0], commands)
-            raise UserError(f"the command must be one of search, apply, but got {arguments[0]!r}{hint}")
+            raise UserError(f"the command must be one of {', '.join(commands)}, but got {arguments[0]!r}{hint}")
         return commands[arguments[0]](arguments[1:])
     except (UserError, ArgumentError, SealedSplitError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"prunegym: {error}", markup=False)
@@ -148,6 +150,19 @@ def apply_command(arguments: list[str]) -> int:
         f"({whole.macs / built.cost.macs:.2f}× fewer); selection accuracy {100 * selection.accuracy:.2f} % "
         f"(original {100 * trimmer.score_selection(task.network).accuracy:.2f} %); written to {run.path}"
     )
+    return 0
+
+
+def inspect_command(arguments: list[str]) -> int:
+    """`prunegym inspect NETWORK [--option value ...]`."""
+    parser = ArgumentParser(prog="prunegym inspect", exit_on_error=False, description="List what can be cut.")
+    parser.add_class_arguments(InspectSettings, as_positional=True)
+    found = inspect_network(InspectSettings(**vars(parser.instantiate(_parse(parser, arguments)))))
+    console = Console(highlight=False)
+    console.width = max(80, console.width)
+    console.print(found.table())
+    for line in [*found.refused(), *found.budgets()]:
+        console.print(line, soft_wrap=True, markup=False)
     return 0
 
 

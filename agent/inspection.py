@@ -1,0 +1,146 @@
+"""`prunegym inspect`: what can be cut in a network, what cannot and why, and which budgets are reachable."""
+
+from dataclasses import dataclass
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from ..pruning.cost import UNITS, CostModel
+from ..pruning.data import DataSplits, load_data
+from ..pruning.grouping import survey_groups
+from ..pruning.groups import GroupSurvey
+from ..pruning.networks import NETWORKS, build_network
+from ..pruning.statistics import Statistics, measure
+from ..pruning.weights import load_weights
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """What to look at.
+
+    Attributes:
+        network: Built-in or torchvision name, or `module:function`.
+        weights: File with trained weights; random ones otherwise.
+        data: Name of a data set; APoZ and Taylor are measured on its training images.
+        data_root: Folder that holds it.
+        image_size: Side of the images, in pixels; the network's usual one by default.
+        channels: Colour channels of the input when no data is given.
+        images: Training images that are measured.
+        include: Patterns such as "layer3.*,layer4.*"; only groups with a producer that matches one are cut.
+        ignore: Patterns of layers whose groups are left whole, with commas in between.
+    """
+
+    network: str
+    weights: str | None = None
+    data: str | None = None
+    data_root: str | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    images: int = 256
+    include: str = ""
+    ignore: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What was found; `table`, `refused` and `budgets` are for people.
+
+    Attributes:
+        network: The network that was examined.
+        survey: Its groups, prunable or not.
+        model: Its cost model, None where nothing can be cut.
+        statistics: Measured statistics, None without data.
+    """
+
+    network: nn.Module
+    survey: GroupSurvey
+    model: CostModel | None
+    statistics: Statistics | None
+
+    def table(self) -> Table:
+        """Return one row per prunable group."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("group", no_wrap=True)
+        for header in ("width", "made by", "read by", "params", "MACs"):
+            table.add_column(header, justify="right")
+        if self.statistics:
+            table.add_column("APoZ", justify="right")
+            table.add_column("Taylor", justify="right")
+        if self.model is None:
+            return table
+        shares = [self.model.group_share(unit) for unit in ("params", "macs")]
+        taylor = {}
+        if self.statistics:
+            sums = {
+                name: float(s.taylor_2017.sum())
+                for name, s in self.statistics.groups.items()
+                if s.taylor_2017 is not None
+            }
+            whole = max(sum(sums.values()), 1e-30)
+            taylor = {name: value / whole for name, value in sums.items()}
+        for place, group in enumerate(self.survey.groups):
+            cells = [
+                group.name,
+                str(group.width),
+                str(len(group.producers)),
+                str(len(group.consumers)),
+                f"{100 * shares[0][place]:.1f} %",
+                f"{100 * shares[1][place]:.1f} %",
+            ]
+            if self.statistics:
+                apoz = self.statistics.groups[group.name].apoz
+                cells.append("no ReLU" if apoz is None else f"{apoz.mean():.2f} ± {apoz.std():.2f}")
+                cells.append(f"{100 * taylor[group.name]:.1f} %")
+            table.add_row(*cells)
+        return table
+
+    def refused(self) -> list[str]:
+        """Return one line per group that is left whole, with its reason."""
+        return [f"left whole: {item.name} ({item.width} channels): {item.reason}" for item in self.survey.refused]
+
+    def budgets(self) -> list[str]:
+        """Return one line per unit with the whole cost and the smallest reachable budget."""
+        if self.model is None:
+            return ["nothing can be cut in this network"]
+        whole = {"macs": f"{self.model.full.macs:,} MACs", "params": f"{self.model.full.params:,} parameters"}
+        lines = [
+            f"{whole[unit]}; budgets from {self.model.smallest_share(unit):.6f} to 1 are reachable" for unit in UNITS
+        ]
+        return [*lines, f"not counted as MACs: {', '.join(self.model.full.uncounted) or 'nothing'}"]
+
+
+def inspect_network(settings: InspectSettings) -> Inspection:
+    """Build, trace and, where data is given, measure a network.
+
+    Raises:
+        UserError: Unknown names, missing files, or a network that cannot be run or traced.
+    """
+    data: DataSplits | None = None
+    if settings.data is not None:
+        data = load_data(settings.data, root=settings.data_root, image_size=settings.image_size)
+    record = NETWORKS.get(settings.network)
+    usual = record.image_shape if record else (3, 224, 224)
+    shape = data.image_shape if data else (settings.channels or usual[0], *[settings.image_size or usual[1]] * 2)
+    network = build_network(
+        settings.network,
+        classes=data.classes if data else None,
+        in_channels=shape[0],
+        image_size=shape[-1] if data or settings.image_size else None,
+        seed=0,
+    ).eval()
+    if settings.weights is not None:
+        load_weights(network, settings.weights)
+    example = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+    survey = survey_groups(network, example, include=_patterns(settings.include), ignore=_patterns(settings.ignore))
+    model = CostModel(network, survey.groups, example) if survey.groups else None
+    statistics = None
+    if data and survey.groups:
+        images = data.train.subset(min(settings.images, len(data.train)), torch.Generator().manual_seed(0))
+        statistics = measure(network, survey.groups, images.batches(64), grams=False)
+    return Inspection(network, survey, model, statistics)
+
+
+def _patterns(text: str) -> list[str]:
+    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]

@@ -1,0 +1,68 @@
+"""`prunegym inspect` and the patterns behind it, on networks whose answers are known by hand."""
+
+import pytest
+import torch
+from prunegym.agent.cli import main
+from prunegym.agent.inspection import InspectSettings, inspect_network
+from prunegym.pruning import UserError, apply_plan, build_network, find_groups, survey_groups
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.torchvision_compat import torchvision
+
+
+def test_lenet_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "lenet5_caffe", "--data", "digits"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(" ") and line.split()}
+    # conv2: 25,050 of its own and 400,000 of fc1's 431,080 parameters; 1,600,000 + 400,000 of 2,293,000 MACs
+    assert rows["conv2"][1:8] == ["50", "1", "1", "98.6", "%", "87.2", "%"]
+    assert rows["fc1"][1] == "500"
+    assert any(
+        line.startswith("left whole: fc2 (10 channels): its channels are the network's outputs") for line in lines
+    )
+    # one channel per group: conv1 26, conv2 26, fc1 17, fc2 20 = 89 parameters of 431,080
+    found = inspect_network(InspectSettings("lenet5_caffe"))
+    assert found.model is not None
+    assert found.model.smallest_share("params") == pytest.approx(89 / 431_080)
+
+
+def test_ignored_layers_stay_whole() -> None:
+    network, images = build_network("cifar_resnet20", seed=0), torch.zeros(1, 3, 32, 32)
+    survey = survey_groups(network, images, ignore=["layer2.*"])
+    names = [group.name for group in survey.groups]
+    assert names == [group.name for group in find_groups(network, images) if not group.name.startswith("layer2")]
+    reasons = {item.name: item.reason for item in survey.refused}
+    assert reasons["layer2.0.conv1"] == "left alone: matches ignore pattern 'layer2.*'"
+    assert reasons["layer2.0.conv2"] == "left alone: matches ignore pattern 'layer2.*'"  # the whole residual stream
+    only = find_groups(network, images, include=["layer3.1.conv1", "conv1"])
+    assert [group.name for group in only] == ["conv1", "layer3.1.conv1"]
+    smaller = apply_plan(network, only, PruningPlan.uniform(only, 0.5), verify=torch.randn(2, 3, 32, 32))
+    assert smaller.layer2[0].conv1.out_channels == 32
+
+
+def test_a_pattern_that_matches_nothing_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        UserError, match=r"include and ignore must match a layer with channels, but 'layr1.\*' matches none"
+    ):
+        find_groups(build_network("cifar_resnet20", seed=0), torch.zeros(1, 3, 32, 32), ignore=["layr1.*"])
+    assert main(["inspect", "lenet5_caffe", "--ignore", "conv9"]) == 2
+    assert "'conv9' matches none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "regnet_y_400mf", "efficientnet_b0", "convnext_tiny", "googlenet"])
+def test_hard_architectures_are_cut_exactly(name: str) -> None:
+    """Grouped convolutions, squeeze-and-excitation, layer norm with layer scale, concatenation."""
+    assert name in torchvision.models.list_models(module=torchvision.models)
+    network = build_network(name, classes=10, seed=0).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    survey = survey_groups(network, images)
+    assert [item.reason for item in survey.refused] == ["its channels are the network's outputs"]
+    generator = torch.Generator().manual_seed(1)
+    keep = {
+        g.name: torch.randperm(g.width, generator=generator)[: max(1, g.width // 2)].tolist() for g in survey.groups
+    }
+    smaller = apply_plan(network, survey.groups, PruningPlan(keep), verify=images)
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (network, smaller))
+    assert after < 0.45 * before
+    for module in smaller.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
