@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich import box
 from rich.table import Table
 
@@ -232,6 +233,7 @@ def accuracy_against_cost(result: "SearchResult") -> Figure:
         if finalist.after_trim is not None:
             axes.plot(share, 100 * finalist.after_trim, ms=7, mfc="none", **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
     axes.set_xlabel(f"{unit} kept, % of the original")
     axes.set_ylabel("accuracy, %")
     axes.set_title(
