@@ -43,6 +43,8 @@ class TaskSettings:
         image_size: Side to which images are brought, in pixels; None = the data set's own.
         mean: Per channel, subtracted from images in [0, 1]; None = the data set's own.
         std: Per channel, divides; None = the data set's own.
+        in_memory: Whether an image folder is decoded into memory; None = if it takes at most 2 GiB.
+        workers: Processes that read a streamed image folder.
         splits: Sizes and seed of the reward, selection and test splits.
         training: How the network is trained when no weights are given.
         metric: "accuracy" or "top5_accuracy".
@@ -56,6 +58,8 @@ class TaskSettings:
     image_size: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    in_memory: bool | None = None
+    workers: int = 0
     splits: SplitSettings = field(default_factory=SplitSettings)
     training: RetrainSettings = field(default_factory=RetrainSettings)
     metric: str = "accuracy"
@@ -93,6 +97,8 @@ def prepare_task(
         image_size=settings.image_size,
         mean=settings.mean,
         std=settings.std,
+        in_memory=settings.in_memory,
+        workers=settings.workers,
     )
     network = build_network(
         settings.network,
@@ -158,7 +164,7 @@ def _keep(network: nn.Module, path: Path) -> None:
 def _key(settings: TaskSettings, data: DataSplits, seed: int, device: str) -> str:
     """Digest of everything that decides the trained weights."""
     parts = dataclasses.asdict(settings)
-    for irrelevant in ("metric", "weights", "data_root"):
+    for irrelevant in ("metric", "weights", "data_root", "in_memory", "workers"):
         parts.pop(irrelevant)
     content = str(settings.data_root)
     if isinstance(data.train, TensorSplit):

@@ -170,6 +170,10 @@ class TensorSplit(Split):
         return normalise(images, self.mean, self.std)
 
 
+PREPARED_BYTES = 2 * 2**30
+"""Largest part of a streamed data set that is kept in memory for repeated reading (scoring, calibration)."""
+
+
 class DatasetSplit(Split):
     """A split that is read from a torch data set image by image, for data larger than the memory.
 
@@ -226,6 +230,15 @@ class DatasetSplit(Split):
     def to(self, device: torch.device | str) -> "DatasetSplit":
         """Return the split with its batches on `device`."""
         return self._like(self.dataset, torch.device(device))
+
+    def prepared(self) -> Split:
+        """Return the split read into memory once, if that takes at most `PREPARED_BYTES`; else itself."""
+        image = self.example()
+        if len(self) * image.numel() * image.element_size() > PREPARED_BYTES:
+            return self
+        batches = list(self.batches(256))
+        images = torch.cat([batch.images for batch in batches])
+        return TensorSplit(images, torch.cat([batch.labels for batch in batches]), name=self.name)
 
     def _like(self, dataset: Dataset[Any], device: torch.device) -> "DatasetSplit":
         """Make a split of another data set that is read alike."""

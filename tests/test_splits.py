@@ -150,7 +150,7 @@ class TestDatasetSplit:
         part = self.split().subset(7, seeded())
         assert len(rows(part)) == len(part) == 7
         assert part.example().shape == (1, 1, 2, 2)
-        assert part.prepared() is part
+        assert len(part.prepared()) == len(part)
         with pytest.raises(UserError, match="empty data set"):
             DatasetSplit(TensorDataset(torch.zeros(0, 1)), name="train")
 
@@ -231,3 +231,24 @@ def test_augmentation_refuses_wrong_requests() -> None:
         augment_crop_flip(torch.zeros(3, 2, 8), padding=1, flip=False, generator=seeded())
     with pytest.raises(UserError, match="padding must be 0 or more"):
         augment_crop_flip(torch.zeros(1, 1, 2, 2), padding=-1, flip=False, generator=seeded())
+
+
+def test_a_streamed_split_is_prepared_in_memory_once() -> None:
+    reads = []
+
+    class Counting(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+            reads.append(place)
+            return torch.full((1, 2, 2), float(place)), place % 3
+
+    split = DatasetSplit(Counting(), name="reward")
+    ready = split.prepared()
+    before = len(reads)
+    for _ in range(3):
+        images = torch.cat([batch.images for batch in ready.batches(4)])
+        assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(reads) == before
+    assert torch.cat([batch.labels for batch in ready.batches(4)]).tolist() == [0, 1, 2, 0, 1, 2]
