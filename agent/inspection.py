@@ -9,6 +9,7 @@ from torch import nn
 
 from ..pruning.cost import UNITS, CostModel
 from ..pruning.data import DataSplits, load_data
+from ..pruning.errors import UserError
 from ..pruning.grouping import survey_groups
 from ..pruning.groups import GroupSurvey
 from ..pruning.networks import NETWORKS, build_network
@@ -120,6 +121,8 @@ def inspect_network(settings: InspectSettings) -> Inspection:
     data: DataSplits | None = None
     if settings.data is not None:
         data = load_data(settings.data, root=settings.data_root, image_size=settings.image_size)
+    if settings.channels is not None and settings.channels < 1:
+        raise UserError(f"channels must be at least 1, but got {settings.channels}")
     record = NETWORKS.get(settings.network)
     usual = record.image_shape if record else (3, 224, 224)
     shape = data.image_shape if data else (settings.channels or usual[0], *[settings.image_size or usual[1]] * 2)

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import torch
 import torch_pruning
 from torch import Tensor, nn
 
@@ -29,12 +30,15 @@ from .groups import (
     RefusedGroup,
     TensorSlice,
 )
-from .tracing import ActivationCall, Trace, trace_forward
+from .plan import PruningPlan
+from .surgery import SurgeryError, apply_plan, verify_cut
+from .tracing import ActivationCall, Trace, evaluation_mode, trace_forward
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 CHANNEL_LAST = (nn.Linear, nn.LayerNorm)
+TRIAL_TOLERANCE = 1e-3  # a wrong index map changes outputs by far more, rounding by far less
 NEVER = 10**9  # order of execution of what did not run
 
 
@@ -91,24 +95,62 @@ def survey_groups(
     drafts = _joined(drafts)
     _select(drafts, include, ignore)
     drafts.sort(key=lambda draft: draft.position)
-    found = [draft.finish() for draft in drafts]
+    found = _proved(work, [draft.finish() for draft in drafts], example_input)
     return GroupSurvey(
         groups=tuple(group for group in found if isinstance(group, ChannelGroup)),
         refused=tuple(group for group in found if isinstance(group, RefusedGroup)),
     )
 
 
+def _proved(
+    network: nn.Module, found: Sequence[ChannelGroup | RefusedGroup], example_input: Tensor
+) -> list[ChannelGroup | RefusedGroup]:
+    """Refuse groups whose index maps are wrong: half of every group is cut, on trial, and compared with the mask.
+
+    Only where that fails are the groups tried one by one (a shuffle between grouped convolutions, an input that is
+    also an output, arithmetic on shapes in the network's own code).
+    """
+    groups = [group for group in found if isinstance(group, ChannelGroup)]
+    inputs = example_input
+    if example_input.is_floating_point():
+        inputs = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0)).to(example_input)
+
+    def wrong(trial: Sequence[ChannelGroup]) -> str:
+        rng = np.random.default_rng(0)
+        plan = PruningPlan({g.name: rng.permutation(g.width)[: max(1, g.width // 2)].tolist() for g in trial})
+        try:
+            smaller = apply_plan(network, trial, plan)
+            verify_cut(network, smaller, trial, plan, inputs, tolerance=TRIAL_TOLERANCE)
+        except (SurgeryError, UserError, RuntimeError, IndexError, ValueError) as error:
+            return str(error).split("\n")[0]
+        return ""
+
+    with evaluation_mode(network), torch.no_grad():
+        if not groups or not bool(torch.isfinite(network(inputs.clone())).all()) or not wrong(groups):
+            return list(found)
+    result: list[ChannelGroup | RefusedGroup] = []
+    for group in found:
+        problem = wrong([group]) if isinstance(group, ChannelGroup) else ""
+        if problem:
+            group = RefusedGroup(group.name, group.width, f"a trial cut went wrong: {problem}")
+        result.append(group)
+    left = [group for group in result if isinstance(group, ChannelGroup)]
+    if left and (problem := wrong(left)):
+        raise UserError(f"the groups of this network can only be cut one by one, which is not supported: {problem}")
+    return result
+
+
 def _select(drafts: Sequence["_Draft"], include: Sequence[str], ignore: Sequence[str]) -> None:
     """Refuse what the user's patterns leave out; a pattern that matches no producer is an error."""
-    known = [name for draft in drafts for name in draft.producers]
+    known = [name for draft in drafts for name in draft.layers]
     for pattern in (*include, *ignore):
         if not any(fnmatchcase(name, pattern) for name in known):
             raise UserError(f"include and ignore must match a layer with channels, but {pattern!r} matches none")
     for draft in drafts:
-        hit = next((p for p in ignore if any(fnmatchcase(name, p) for name in draft.producers)), None)
+        hit = next((p for p in ignore if any(fnmatchcase(name, p) for name in draft.layers)), None)
         if hit is not None:
             draft.refuse(f"left alone: matches ignore pattern {hit!r}")
-        elif include and not any(fnmatchcase(name, p) for name in draft.producers for p in include):
+        elif include and not any(fnmatchcase(name, p) for name in draft.layers for p in include):
             draft.refuse("left alone: matches no include pattern")
 
 
@@ -145,6 +187,7 @@ class _Draft:
         self.parameter_names = parameter_names
         self.trace = trace
         self.width = 0
+        self.whole = 0  # channels before units were formed
         self.problem: str | None = None
         self.producers: dict[str, nn.Module] = {}
         self.consumers: list[Consumer] = []
@@ -153,6 +196,11 @@ class _Draft:
         self.outputs: dict[str, tuple[nn.Module, IndexArray, IndexArray]] = {}
         # grouped convolutions -> (module, channel and input index, channel and output index); either pair may be empty
         self.grouped: dict[str, tuple[Any, IndexArray, IndexArray, IndexArray, IndexArray]] = {}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers by which a pattern may name the group: what produces its channels, grouped convolutions too."""
+        return (*self.producers, *self.grouped)
 
     @property
     def position(self) -> int:
@@ -198,8 +246,8 @@ class _Draft:
             self.counts.append((name, "num_features", len(index)))
             self.outputs[name] = (module, channel, index)
         elif isinstance(module, nn.LayerNorm):
-            if module.weight is None:
-                self.refuse(f"layer norm {name!r} has no weights")
+            if module.weight is None or len(module.normalized_shape) != 1:
+                self.refuse(f"layer norm {name!r} has no weights, or normalises over more than the channels")
             self._tensors(name, module, ("weight", "bias"), -1, channel, index)
             self.counts.append((name, "normalized_shape", len(index)))
             self.outputs[name] = (module, channel, index)
@@ -229,7 +277,8 @@ class _Draft:
         else:
             self._tensors(name, module, ("weight",), dims[1], channel, index)
             self.counts.append((name, attributes[1], len(index)))
-            self.consumers.append(Consumer(name, channel, index, self.trace.norm_after.get(name)))
+            positions = max(1, len(index) // max(self.width, 1))
+            self.consumers.append(Consumer(name, channel, index, positions, self.trace.norm_after.get(name)))
 
     def _grouped_convolution(
         self, name: str, module: Any, handler: str, channel: IndexArray, index: IndexArray
@@ -284,7 +333,7 @@ class _Draft:
             name: (m, unit_of[a] if len(a) else a, b, unit_of[c] if len(c) else c, d)
             for name, (m, a, b, c, d) in self.grouped.items()
         }
-        self.width = units
+        self.whole, self.width = self.width, units
 
     def absorb(self, other: "_Draft") -> None:
         """Take over what lies on the other side of a grouped convolution."""
@@ -332,7 +381,7 @@ class _Draft:
                 self.refuse(f"{module!r} sees only part of the channels")
             attributes.append(AttributeCut(module, attribute, amount // max(self.width, 1)))
         if self.problem:
-            return RefusedGroup(name, self.width, self.problem)
+            return RefusedGroup(name, self.whole or self.width, self.problem)
         modules: list[Any] = [self.producers[producer] for producer in ordered]
         return ChannelGroup(
             name=name,

@@ -54,6 +54,7 @@ class Consumer:
         module: Qualified name of a convolution or linear layer.
         channel: (n,) channel of the group behind input feature `index[i]`.
         index: (n,) input feature of the layer; a linear layer after a flatten owns H·W features a channel.
+        positions: Features of a linear layer that one channel owns behind a flatten (H·W), else 1.
         norm: The batch norm that directly normalises the layer's output, if any: a constant added to the
             output of a layer without bias can be kept in its running mean.
     """
@@ -61,6 +62,7 @@ class Consumer:
     module: str
     channel: IndexArray
     index: IndexArray
+    positions: int = 1
     norm: str | None = None
 
 

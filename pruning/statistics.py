@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import UserError
-from .groups import ActivationSite, ChannelGroup
+from .groups import ActivationSite, ChannelGroup, Consumer
 from .tracing import ActivationMode, evaluation_mode, hooked
 
 FloatArray = NDArray[np.float64]
@@ -115,7 +115,7 @@ def measure(
     places = sorted({_place(site) for group in groups for site in group.sites}, key=str)
     watch = {place: _SiteSums(place[2]) for place in places}
     by_call = {place[0]: place for place in places if place[0] is not None}
-    consumers = {c.module: _shared_features(c.index, group.width) for group in groups for c in group.consumers}
+    consumers = {c.module: _shared_features(network, c) for group in groups for c in group.consumers}
     modules = dict(network.named_modules(remove_duplicate=False))
     grams_of = {name: _GramSums(modules[name], positions) for name, positions in consumers.items()} if grams else {}
     handles = [modules[name].register_forward_pre_hook(sums.hook) for name, sums in grams_of.items()]
@@ -243,9 +243,10 @@ class _GramSums:
         return ConsumerStatistics((self.mean / rows).cpu().numpy(), (self.moment / rows).cpu().numpy(), self.rows)
 
 
-def _shared_features(index: NDArray[np.int64], width: int) -> int:
+def _shared_features(network: nn.Module, consumer: Consumer) -> int:
     """Return how many input features share one Gram feature: 1 unless the Gram would be too large."""
-    return len(index) // width if len(index) > GRAM_LIMIT and len(index) > width else 1
+    layer: Any = network.get_submodule(consumer.module)
+    return consumer.positions if isinstance(layer, nn.Linear) and layer.in_features > GRAM_LIMIT else 1
 
 
 def _weight_norms(network: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[FloatArray, FloatArray]]:

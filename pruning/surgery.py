@@ -200,9 +200,9 @@ def verify_cut(
     exact = torch.backends.cudnn.flags(allow_tf32=False)
     with evaluation_mode(masked), evaluation_mode(smaller), torch.no_grad(), exact:
         with norms:
-            expected = masked(inputs)
+            expected = masked(inputs.clone())
         try:
-            got = smaller(inputs)
+            got = smaller(inputs.clone())
         except RuntimeError as error:
             raise SurgeryError(f"the cut network does not run: {error}") from error
     limit = tolerance or (1e-10 if expected.dtype == torch.float64 else 1e-5)
@@ -266,7 +266,7 @@ def _first_difference(
         ]
         try:
             with evaluation_mode(network), torch.no_grad(), norms:
-                network(inputs)
+                network(inputs.clone())
         finally:
             for handle in handles:
                 handle.remove()

@@ -361,3 +361,40 @@ def test_layer_that_never_runs_is_no_group() -> None:
 def test_closest_names_the_nearest_or_all() -> None:
     assert closest("Tailor_2017", ["taylor_2017", "l2"]) == "; did you mean 'taylor_2017'?"
     assert closest("zzz", ["b", "a"]) == "; known are a, b"
+
+
+class Shuffled(nn.Module):
+    """Two grouped convolutions with a channel shuffle between them; takes (N, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 6, 1)
+        self.one, self.two = (nn.Conv2d(16, 16, 3, padding=1, groups=4) for _ in range(2))
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.one(self.first(images))
+        maps = maps.view(len(maps), 4, 4, 8, 8).transpose(1, 2).reshape(len(maps), 16, 8, 8)
+        return self.fc(torch.relu(self.last(self.two(maps))).mean((2, 3)))
+
+
+class OnTheInput(nn.Module):
+    """A depthwise convolution of the input, summed with another convolution; takes (N, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d, self.k, self.c = nn.Conv2d(3, 3, 3, groups=3, padding=1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.c(torch.relu(self.d(images) + self.k(images)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("network", "whole"), [(Shuffled(), "first"), (OnTheInput(), "k")])
+def test_what_a_trial_cut_shows_to_be_wrong_is_left_whole(network: nn.Module, whole: str) -> None:
+    survey = survey_groups(network, torch.zeros(1, 3, 8, 8))
+    reasons = {item.name: item.reason for item in survey.refused}
+    assert whole in reasons
+    assert survey.groups
+    keep = {group.name: range(1, group.width) for group in survey.groups}
+    apply_plan(network, survey.groups, PruningPlan(keep), verify=torch.randn(2, 3, 8, 8))

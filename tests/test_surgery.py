@@ -221,8 +221,11 @@ class TiedChain(nn.Module):
 
 
 def test_shared_weight_that_would_need_two_shapes_is_refused() -> None:
-    network = TiedChain()
-    groups = find_groups(network, images((4,)))
+    network, untied = TiedChain(), TiedChain()
+    with pytest.raises(UserError, match=r"trial cut went wrong: .*shared by 'second.weight' and 'third.weight'"):
+        find_groups(network, images((4,)))
+    untied.third.weight = nn.Parameter(untied.second.weight.detach().clone())
+    groups = find_groups(untied, images((4,)))
     plan = PruningPlan({"second": [0, 1]})  # rows of second.weight, columns of third.weight
     with pytest.raises(UserError, match=r"shared by 'second.weight' and 'third.weight'.*cut alike"):
         apply_plan(network, groups, plan)
