@@ -15,6 +15,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from .. import configs
 from ..envs.trim import check_request
@@ -206,6 +207,7 @@ def _config_folder() -> Path:
 def _task(config: SearchConfig, progress: Progress) -> PruningTask:
     if config.threads:
         torch.set_num_threads(config.threads)
+        threadpool_limits(config.threads, user_api="blas")  # NumPy's own threads
     with progress.updates("train network", max(1, config.task.training.updates)) as show:
         return prepare_task(
             config.task,
