@@ -144,8 +144,9 @@ def verdict_sentence(verdict: Verdict, labels: Mapping[str, str]) -> str:
     """Say the verdict in one sentence."""
     first, second = labels[verdict.first], labels[verdict.second]
     difference = f"{verdict.points:+.2f} points on the test split"
+    chance = f"p = {verdict.p_value:.2g}" if verdict.p_value > 1e-99 else "p < 1e-99"
     differing = verdict.only_first + verdict.only_second
-    evidence = f"exact McNemar test on {differing} differing examples, p = {verdict.p_value:.2g}"
+    evidence = f"exact McNemar test on {differing} differing examples, {chance}"
     if verdict.outcome == "not distinguishable":
         return f"{first} is not distinguishable from {second} in this run ({difference}; {evidence})."
     return f"{first} is {verdict.outcome} than {second} in this run ({difference}; {evidence})."
