@@ -15,7 +15,7 @@ from torch import nn
 
 from ..pruning.cost import Cost
 from ..pruning.data import Split
-from ..pruning.evaluation import METRICS, Score
+from ..pruning.evaluation import Score, right_answers
 from ..pruning.schedule import BuiltRound, Schedule
 from ..pruning.tracing import evaluation_mode
 from ..pruning.trimmer import Trimmer
@@ -121,9 +121,7 @@ def right_examples(network: nn.Module, split: Split, batch_size: int, metric: st
     parts = []
     with evaluation_mode(network), torch.inference_mode():
         for images, labels in split.batches(batch_size):
-            logits = network(images)
-            best = logits.topk(min(METRICS[metric], logits.shape[1]), dim=1).indices  # (N, k)
-            parts.append((best == labels[:, None]).any(1).cpu().numpy())
+            parts.append(right_answers(network(images), labels, metric).cpu().numpy())
     return np.concatenate(parts)
 
 

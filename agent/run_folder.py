@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import save
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from ..pruning.artifact import save_pruned, write_atomically
+from ..pruning.artifact import save_pruned, weight_bytes, write_atomically
 from ..pruning.errors import UserError
 from ..pruning.schedule import Built, Schedule
 from ..pruning.task import PruningTask
@@ -100,10 +99,7 @@ class RunFolder:
     def write_base(self, task: PruningTask) -> None:
         """Keep the weights of a network that was trained here, so that a replay starts from the same ones."""
         if task.source and task.source.get("weights") is None:
-            state = {
-                name: value.detach().cpu().contiguous().clone() for name, value in task.network.state_dict().items()
-            }
-            write_atomically(self.path / BASE, save(state))
+            write_atomically(self.path / BASE, weight_bytes(task.network))
 
     @property
     def base(self) -> Path | None:

@@ -77,18 +77,17 @@ class GroupObservation:
 
     Args:
         model: Cost model of the pristine network.
-        widths: (groups,) pristine widths.
     """
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
+        self._low = np.array([feature.low for feature in FEATURES], dtype=np.float32)
+        self._high = np.array([feature.high for feature in FEATURES], dtype=np.float32)
         self._described: tuple[Subject, FloatArray] | None = None
 
     def space(self) -> gym.spaces.Box:
         """Return the observation space, Box of shape (len(FEATURES),)."""
-        low = np.array([feature.low for feature in FEATURES], dtype=np.float32)
-        high = np.array([feature.high for feature in FEATURES], dtype=np.float32)
-        return gym.spaces.Box(low, high, dtype=np.float32)
+        return gym.spaces.Box(self._low, self._high, dtype=np.float32)
 
     def observe(self, subject: Subject, progress: Progress) -> NDArray[np.float32]:
         """Return (features,) what is known of the group at `progress.position`."""
@@ -102,15 +101,15 @@ class GroupObservation:
                 [progress.previous_action, progress.accuracy_drop],
             )
         )
-        space = self.space()
-        return np.clip(np.nan_to_num(values), space.low, space.high).astype(np.float32)
+        return np.clip(np.nan_to_num(values), self._low, self._high).astype(np.float32)
 
     def describe(self, subject: Subject) -> FloatArray:
         """Return (groups, 22) what does not change while the same network is walked, `log_width` to `width_ratio`."""
         if self._described is None or self._described[0] is not subject:
             taylor = [_sum(subject.statistics.groups[group.name].taylor_2017) for group in subject.groups]
             whole = max(sum(taylor), 1e-30)
-            params, macs = (self._vanishing(subject, unit) for unit in ("params", "macs"))
+            present = np.array([group.width for group in subject.groups], dtype=np.int64)
+            params, macs = (self.model.group_share(unit, present) for unit in ("params", "macs"))
             rows = [
                 [
                     np.log2(group.width) / 12,
@@ -130,16 +129,6 @@ class GroupObservation:
             ]
             self._described = (subject, np.array(rows, dtype=np.float64))
         return self._described[1]
-
-    def _vanishing(self, subject: Subject, unit: str) -> FloatArray:
-        widths = np.array([group.width for group in subject.groups], dtype=np.int64)
-        whole = self.model.cost(widths).of(unit)
-        shares = np.empty(len(widths))
-        for place in range(len(widths)):
-            without = widths.copy()
-            without[place] = 0
-            shares[place] = 1 - self.model.cost(without).of(unit) / whole
-        return shares
 
 
 def _sum(values: FloatArray | None) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import UserError
 from .grouping import find_groups
@@ -42,10 +42,7 @@ def save_pruned(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Tensor] = {}
-    for name, value in network.state_dict().items():
-        state[name] = value.detach().cpu().contiguous().clone()
-    data = save(state)
+    data = weight_bytes(network)
     manifest = {
         "format": 1,
         "weights": WEIGHTS,
@@ -114,6 +111,12 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
             f"{folder / WEIGHTS} must fit the network cut to the plan, but: {str(error).splitlines()[0]}"
         ) from error
     return smaller.eval()
+
+
+def weight_bytes(network: nn.Module) -> bytes:
+    """Return the network's parameters and buffers in the safetensors format."""
+    state = network.state_dict().items()
+    return save({name: value.detach().cpu().contiguous().clone() for name, value in state})
 
 
 def write_atomically(path: Path, data: bytes) -> None:

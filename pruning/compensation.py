@@ -176,8 +176,7 @@ def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tu
     removed: dict[str, list[IntArray]] = {}
     norms: dict[str, str | None] = {}
     for group in groups:
-        leaves = np.ones(group.width, dtype=bool)
-        leaves[list(plan[group.name])] = False
+        leaves = group.leaving(plan[group.name])
         if not leaves.any():
             continue
         for consumer in group.consumers:

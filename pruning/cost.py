@@ -118,16 +118,22 @@ class CostModel:
         """Return the cost relative to the whole network, in (0, 1]."""
         return self.cost(counts).of(unit) / self.full.of(unit)
 
-    def smallest_share(self, unit: str, smallest: NDArray[np.int64] | None = None) -> float:
-        """Return the least reachable share: one channel per group, or `smallest` (groups,)."""
-        return self.share(np.ones_like(self.widths) if smallest is None else smallest, unit)
+    def smallest_share(self, unit: str) -> float:
+        """Return the least reachable share: one channel per group."""
+        return self.share(np.ones_like(self.widths), unit)
 
-    def group_share(self, unit: str) -> NDArray[np.float64]:
-        """Return (groups,) the share of the cost that would vanish with the whole group, each in [0, 1]."""
-        whole = self.full.of(unit)
+    def group_share(self, unit: str, present: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Return (groups,) the share of the present cost that would vanish with the whole group, each in [0, 1].
+
+        Args:
+            unit: "macs" or "params".
+            present: (groups,) present widths; the whole network's by default.
+        """
+        present = self.widths if present is None else present
+        whole = self.cost(present).of(unit)
         result = np.empty(len(self.names))
         for place in range(len(self.names)):
-            counts = self.widths.copy()
+            counts = present.copy()
             counts[place] = 0
             result[place] = 1 - self.cost(counts).of(unit) / whole
         return result

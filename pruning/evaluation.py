@@ -46,10 +46,15 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], metri
     with evaluation_mode(network), torch.inference_mode():
         for inputs, labels in batches:
             logits = network(inputs)
-            best = logits.topk(min(METRICS[metric], logits.shape[1]), dim=1).indices  # (N, k)
-            right += int((best == labels[:, None]).any(1).sum())
+            right += int(right_answers(logits, labels, metric).sum())
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             examples += len(labels)
     if not examples:
         raise UserError("scoring needs at least one example, but the split is empty")
     return Score(right / examples, loss / examples, examples)
+
+
+def right_answers(logits: Tensor, labels: Tensor, metric: str) -> Tensor:
+    """Return (N,) bool: whether the label is among the outputs that the metric lets count; logits (N, classes)."""
+    best = logits.topk(min(METRICS[metric], logits.shape[1]), dim=1).indices  # (N, k)
+    return (best == labels[:, None]).any(1)

@@ -117,6 +117,13 @@ class ChannelGroup:
     kernel: int = 1
     stride: int = 1
 
+    def leaving(self, keep: Iterable[int] | None) -> NDArray[np.bool_]:
+        """Return (width,) which channels leave when `keep` stay; None = all stay."""
+        leaves = np.full(self.width, keep is not None)
+        if keep is not None:
+            leaves[list(keep)] = False
+        return leaves
+
     @property
     def rectified(self) -> bool:
         """Whether a ReLU follows, so that APoZ is defined for the group."""
@@ -150,7 +157,7 @@ def shrink_groups(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[in
     Returns:
         Groups of the cut network, in the same order, with channels numbered from 0.
     """
-    stays = {group.name: _mask(group.width, keep.get(group.name)) for group in groups}
+    stays = {group.name: ~group.leaving(keep.get(group.name)) for group in groups}
     tensor_gone: dict[tuple[str, int], list[IndexArray]] = {}
     feature_gone: dict[str, list[IndexArray]] = {}
     slot_gone: dict[tuple[str, int | None], list[IndexArray]] = {}
@@ -187,9 +194,3 @@ def shrink_groups(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[in
             )
         )
     return tuple(result)
-
-
-def _mask(width: int, keep: Iterable[int] | None) -> NDArray[np.bool_]:
-    mask = np.zeros(width, dtype=bool)
-    mask[slice(None) if keep is None else np.asarray(list(keep), dtype=np.int64)] = True
-    return mask

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .artifact import weight_bytes, write_atomically
 from .data import DataSplits, SplitSettings, TensorSplit, load_data
 from .errors import UserError
 from .networks import build_network
@@ -153,10 +153,7 @@ def _keep(network: nn.Module, path: Path) -> None:
     """Write atomically; a cache that cannot be written is no error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            draft = Path(folder) / path.name
-            save_file({name: value.contiguous() for name, value in network.state_dict().items()}, draft)
-            draft.replace(path)
+        write_atomically(path, weight_bytes(network))
     except OSError:
         return
 

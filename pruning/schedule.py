@@ -172,7 +172,7 @@ def build(
         progress: Called with the number of optimizer steps done so far, over all rounds.
     """
     if schedule.repair != trimmer.settings:
-        trimmer = Trimmer(trimmer.task, schedule.repair)
+        trimmer = trimmer.with_settings(schedule.repair)
     subject, records, spent = trimmer.pristine, [], 0
     for place, entry in enumerate(schedule.rounds):
         relative = entry.plan.completed(trimmer.groups).relative_to(subject.plan)

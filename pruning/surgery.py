@@ -90,8 +90,7 @@ def kept_entries(
     """
     gone: dict[tuple[str, int], list[IndexArray]] = {}
     for group in groups:
-        leaves = np.ones(group.width, dtype=bool)
-        leaves[list(plan[group.name])] = False
+        leaves = group.leaving(plan[group.name])
         if not leaves.any():
             continue
         for piece in group.slices:
@@ -154,8 +153,7 @@ def masked_copy(network: nn.Module, groups: Sequence[ChannelGroup], plan: Prunin
     modules = dict(masked.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for group in groups:
-            leaves = np.ones(group.width, dtype=bool)
-            leaves[list(plan[group.name])] = False
+            leaves = group.leaving(plan[group.name])
             for consumer in group.consumers:
                 layer = modules[consumer.module]
                 weight: Any = layer.weight

@@ -142,7 +142,12 @@ class Trimmer:
     def __init__(self, task: PruningTask, settings: RepairSettings | None = None) -> None:
         self.task = task
         self.settings = settings or RepairSettings()
-        self.evaluations = 0
+
+    def with_settings(self, settings: RepairSettings) -> "Trimmer":
+        """Return a trimmer of the same task with other settings; the groups are not searched for again."""
+        other = Trimmer(self.task, settings)
+        other.groups, other.cost_model = self.groups, self.cost_model
+        return other
 
     @cached_property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -212,7 +217,6 @@ class Trimmer:
         retraining: RetrainSettings | None = None,
         seed: int = 0,
         verify: bool = False,
-        compensation: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Trimmed:
         """Cut, repair, recalibrate, perhaps retrain, and score.
@@ -223,17 +227,15 @@ class Trimmer:
             retraining: Training after the repair; none by default.
             seed: Of that training.
             verify: Whether the cut is checked against the masked original before it is repaired.
-            compensation: Another repair than the settings'.
             progress: Called with the number of retraining updates done.
         """
         subject = subject or self.pristine
-        method = compensation or self.settings.compensation
-        check = (
-            self.calibration.subset(min(8, len(self.calibration)), torch.Generator().manual_seed(0)) if verify else None
-        )
-        inputs = next(iter(check.batches(8))).images if check is not None else None
+        inputs = None
+        if verify:
+            few = self.calibration.subset(min(8, len(self.calibration)), torch.Generator().manual_seed(0))
+            inputs = next(iter(few.batches(8))).images
         network = apply_plan(subject.network, subject.groups, plan, verify=inputs)
-        compensate(network, subject.network, subject.groups, plan, subject.statistics, method)
+        compensate(network, subject.network, subject.groups, plan, subject.statistics, self.settings.compensation)
         self.recalibrate(network)
         done = None
         if retraining is not None and retraining.updates:
@@ -272,7 +274,6 @@ class Trimmer:
 
     def score(self, network: nn.Module) -> Score:
         """Score a network on the reward images."""
-        self.evaluations += 1
         return evaluate(network, self._batches(self.reward), self.task.metric)
 
     def score_selection(self, network: nn.Module) -> Score:

@@ -113,9 +113,10 @@ def network_trimming(
             "use criterion 'taylor_2017', 'l2' or 'least_squares' instead"
         )
     trimmer.cost_model.check_budget(budget, unit)
-    trimmer = Trimmer(trimmer.task, repair)
+    trimmer = trimmer.with_settings(repair)
     targets = _targets(trimmer, rectified, budget, unit, settings)
     widths = {group.name: group.width for group in trimmer.groups}
+    floor = {name: max(1, round(settings.narrowest * widths[name])) for name in targets}
     early = int(retraining.updates * (1 - settings.final_share))  # updates for the rounds before the last
     per_round = early
 
@@ -124,7 +125,6 @@ def network_trimming(
     apoz = [_mean_apoz(subject, targets)]
     for place in range(settings.max_rounds):
         last = place == settings.max_rounds - 1
-        floor = {name: max(1, round(settings.narrowest * widths[name])) for name in targets}
         keep, gave_way = _one_round(trimmer, subject, floor, budget, unit, settings.sigmas, last)
         if not last and all(mask.all() for mask in keep.values()):  # nothing is left above the threshold
             keep, gave_way = _one_round(trimmer, subject, floor, budget, unit, settings.sigmas, True)
