@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from .. import configs
 from ..envs.trim import check_request
 from ..pruning.errors import UserError, closest
+from ..pruning.export import export_pruned
 from ..pruning.prepare import prepare_task
 from ..pruning.schedule import Schedule, build
 from ..pruning.splits import SealedSplitError
@@ -28,7 +29,7 @@ from ..pruning.trimmer import Trimmer
 from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
 from .progress import Progress
-from .report import console_table, note_lines, verdict_lines
+from .report import console_table, latency_lines, note_lines, verdict_lines
 from .run_folder import RunFolder, config_text
 from .search import derive_seed, resolve_settings, search
 from .settings import SearchConfig
@@ -37,6 +38,7 @@ USAGE = """usage: prunegym COMMAND ...
 
   search CONFIG.yaml [--option value ...]   learn a schedule, build the network, compare it with the APoZ heuristic
   apply RUN [--schedule FILE]               rebuild the network of a run from its (perhaps edited) schedule.json
+  export RUN [--format onnx|torch]          write the pruned network of a run as one file, checked against PyTorch
   inspect NETWORK [--data NAME]             list what can be cut, what not and why, and the reachable budgets
 
 `prunegym COMMAND --help` lists the options of a command. CONFIG may also be the name of a shipped one
@@ -47,7 +49,7 @@ USAGE = """usage: prunegym COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"search": search_command, "apply": apply_command, "inspect": inspect_command}
+    commands = {"search": search_command, "apply": apply_command, "export": export_command, "inspect": inspect_command}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(USAGE.format(configs=", ".join(shipped_configs())))  # noqa: T201  (a command line talks)
@@ -96,7 +98,7 @@ def search_command(arguments: list[str]) -> int:
     console.width = max(80, console.width)
     console.print()
     console.print(console_table(result))
-    for line in [*verdict_lines(result), *note_lines(result)]:
+    for line in [*verdict_lines(result), *latency_lines(result), *note_lines(result)]:
         console.print(line, soft_wrap=True)
     console.print(f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)", soft_wrap=True)
     return 130 if result.stopped_by == "interrupt" else 0
@@ -135,7 +137,9 @@ def apply_command(arguments: list[str]) -> int:
     schedule = Schedule.load(options.schedule or source.path / "schedule.json")
     progress = Progress(enabled=True)
     task = _task(config, progress)
-    trimmer = Trimmer(task, schedule.repair)
+    trimmer = Trimmer(task, schedule.repair, config.search.trim.groups)
+    if not {name for entry in schedule.rounds for name in entry.plan} <= {group.name for group in trimmer.groups}:
+        trimmer = Trimmer(task, schedule.repair)  # edited to cut what the run left whole: the schedule decides
     schedule.plan.completed(trimmer.groups)
     run = RunFolder.create(options.output) if options.output else RunFolder.next_free("apply")
     with progress.updates("rebuild", max(1, schedule.retrain_updates)) as show:
@@ -154,6 +158,27 @@ def apply_command(arguments: list[str]) -> int:
     return 0
 
 
+def export_command(arguments: list[str]) -> int:
+    """`prunegym export RUN [--format onnx|torch] [--output FILE]`."""
+    parser = ArgumentParser(
+        prog="prunegym export", exit_on_error=False, description="Write a pruned network as one file, and check it."
+    )
+    parser.add_argument("run", type=str, help="folder of a search or of apply")
+    parser.add_argument("--format", type=str, default="onnx", help="onnx, or torch for torch.export.load")
+    parser.add_argument("--output", type=str, default=None, help="the file; RUN/pruned.onnx or RUN/pruned.pt2")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="accepted difference, relative to the output")
+    options = _parse(parser, arguments)
+    made = export_pruned(options.run, format=options.format, output=options.output, tolerance=options.tolerance)
+    opset = "" if made.opset is None else f", opset {made.opset}"
+    Console(highlight=False).print(
+        f"{made.path}: {made.size:,} bytes{opset}; differs from PyTorch by at most {made.difference:.1e} of the "
+        "largest output",
+        soft_wrap=True,
+        markup=False,
+    )
+    return 0
+
+
 def inspect_command(arguments: list[str]) -> int:
     """`prunegym inspect NETWORK [--option value ...]`."""
     parser = ArgumentParser(prog="prunegym inspect", exit_on_error=False, description="List what can be cut.")
@@ -162,7 +187,7 @@ def inspect_command(arguments: list[str]) -> int:
     console = Console(highlight=False)
     console.width = max(80, console.width)
     console.print(found.table())
-    for line in [*found.refused(), *found.budgets()]:
+    for line in [*found.tied(), *found.refused(), *found.budgets()]:
         console.print(line, soft_wrap=True, markup=False)
     return 0
 
@@ -208,7 +233,8 @@ def _task(config: SearchConfig, progress: Progress) -> PruningTask:
     if config.threads:
         torch.set_num_threads(config.threads)
         threadpool_limits(config.threads, user_api="blas")  # NumPy's own threads
-    with progress.updates("train network", max(1, config.task.training.updates)) as show:
+    training = config.task.training
+    with progress.updates("train network", None if training.epochs else max(1, training.updates)) as show:
         return prepare_task(
             config.task,
             seed=derive_seed(config.search.seed, "task"),

@@ -16,9 +16,13 @@ from torch import nn
 from ..pruning.cost import Cost
 from ..pruning.data import Split
 from ..pruning.evaluation import Score, right_answers
+from ..pruning.latency import Latency, measure_latency
 from ..pruning.schedule import BuiltRound, Schedule
 from ..pruning.tracing import evaluation_mode
 from ..pruning.trimmer import Trimmer
+
+LATENCY_SECONDS = 0.2
+"""Forward passes of one network and batch size are repeated for about that long."""
 
 
 @dataclass(eq=False)
@@ -36,6 +40,7 @@ class Finalist:
         test: Share of test examples that are right; None before the test split was opened.
         right: (examples,) which test examples are right.
         note: A remark for the report.
+        latencies: Time of a forward pass on this machine, for each batch size that was asked for.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Finalist:
     test: float | None = None
     right: NDArray[np.bool_] | None = None
     note: str = ""
+    latencies: tuple[Latency, ...] = ()
 
     @property
     def after_trim(self) -> float | None:
@@ -80,6 +86,7 @@ class Finalist:
                 for r in self.rounds
             ],
             "note": self.note,
+            "latency_ms": {str(latency.batch): latency.median_ms for latency in self.latencies},
         }
 
 
@@ -114,6 +121,17 @@ def read_test_split(trimmer: Trimmer, finalists: Sequence[Finalist]) -> None:
     for finalist in finalists:
         finalist.right = right_examples(finalist.network, split, trimmer.settings.batch_size, trimmer.task.metric)
         finalist.test = float(finalist.right.mean())
+
+
+def time_networks(trimmer: Trimmer, finalists: Sequence[Finalist], batches: Sequence[int]) -> None:
+    """Measure every finalist's latency, batch size by batch size, so that neighbours in time are compared."""
+    found: dict[str, list[Latency]] = {finalist.name: [] for finalist in finalists}
+    for batch in batches:
+        for finalist in finalists:
+            timing = measure_latency(finalist.network, trimmer.task.example, batch, seconds=LATENCY_SECONDS)
+            found[finalist.name].append(timing)
+    for finalist in finalists:
+        finalist.latencies = tuple(found[finalist.name])
 
 
 def right_examples(network: nn.Module, split: Split, batch_size: int, metric: str) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from ..pruning.groups import GroupSurvey
 from ..pruning.networks import NETWORKS, build_network
 from ..pruning.statistics import Statistics, measure
 from ..pruning.weights import load_weights
+from ..pruning.widths import GroupSettings, making_layers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class InspectSettings:
         images: Training images that are measured.
         include: Patterns such as "layer3.*,layer4.*"; only groups with a producer that matches one are cut.
         ignore: Patterns of layers whose groups are left whole, with commas in between.
+        channel_multiple: Widths that a cut leaves are multiples of it, e.g. 8, 16 or 32.
+        minimum_width: Fewest channels that a cut leaves.
     """
 
     network: str
@@ -42,11 +45,13 @@ class InspectSettings:
     images: int = 256
     include: str = ""
     ignore: str = ""
+    channel_multiple: int = 1
+    minimum_width: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What was found; `table`, `refused` and `budgets` are for people.
+    """What was found; `table`, `tied`, `refused` and `budgets` are for people.
 
     Attributes:
         network: The network that was examined.
@@ -61,10 +66,12 @@ class Inspection:
     statistics: Statistics | None
 
     def table(self) -> Table:
-        """Return one row per prunable group."""
+        """Return one row per prunable group; "params" and "MACs" are the shares that vanish with the whole group."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("group", no_wrap=True)
-        for header in ("width", "made by", "read by", "params", "MACs"):
+        narrowest = self._narrowest()
+        limited = any(count > 1 for count in narrowest)
+        for header in ("width", *(["narrowest"] if limited else []), "made by", "read by", "params", "MACs"):
             table.add_column(header, justify="right")
         if self.statistics:
             table.add_column("APoZ", justify="right")
@@ -85,6 +92,7 @@ class Inspection:
             cells = [
                 group.name,
                 str(group.width),
+                *([str(narrowest[place])] if limited else []),
                 str(len(group.producers)),
                 str(len(group.consumers)),
                 f"{100 * shares[0][place]:.1f} %",
@@ -97,19 +105,43 @@ class Inspection:
             table.add_row(*cells)
         return table
 
+    def tied(self) -> list[str]:
+        """Return one line per group whose channels several layers make, or whose channels are units of several."""
+        lines = []
+        for group in self.survey.groups:
+            layers = making_layers(group)
+            if len(layers) > 1 or max(layers.values()) > 1:
+                names = [f"{name} ({count} channels a unit)" if count > 1 else name for name, count in layers.items()]
+                lines.append(f"tied: {', '.join(names)}")
+        return lines
+
     def refused(self) -> list[str]:
         """Return one line per group that is left whole, with its reason."""
-        return [f"left whole: {item.name} ({item.width} channels): {item.reason}" for item in self.survey.refused]
+        lines = [f"left whole: {item.name} ({item.width} channels): {item.reason}" for item in self.survey.refused]
+        if self.model is None:
+            return lines
+        reason = f"no narrower width is allowed with {self.model.allowed.settings.sizes}"
+        stuck = [
+            f"left whole: {group.name} ({group.width} channels): {reason}"
+            for group, narrowest in zip(self.survey.groups, self._narrowest(), strict=True)
+            if narrowest == group.width > 1
+        ]
+        return [*stuck, *lines]
 
     def budgets(self) -> list[str]:
         """Return one line per unit with the whole cost and the smallest reachable budget."""
         if self.model is None:
             return ["nothing can be cut in this network"]
         whole = {"macs": f"{self.model.full.macs:,} MACs", "params": f"{self.model.full.params:,} parameters"}
+        limits = self.model.allowed.settings.limits
         lines = [
-            f"{whole[unit]}; budgets from {self.model.smallest_share(unit):.6f} to 1 are reachable" for unit in UNITS
+            f"{whole[unit]}; budgets from {self.model.smallest_budget(unit):.6f} to 1 are reachable{limits}"
+            for unit in UNITS
         ]
         return [*lines, f"not counted as MACs: {', '.join(self.model.full.uncounted) or 'nothing'}"]
+
+    def _narrowest(self) -> list[int]:
+        return [] if self.model is None else self.model.allowed.smallest(self.model.widths).tolist()
 
 
 def inspect_network(settings: InspectSettings) -> Inspection:
@@ -118,6 +150,7 @@ def inspect_network(settings: InspectSettings) -> Inspection:
     Raises:
         UserError: Unknown names, missing files, or a network that cannot be run or traced.
     """
+    chosen = GroupSettings(settings.include, settings.ignore, settings.channel_multiple, settings.minimum_width)
     data: DataSplits | None = None
     if settings.data is not None:
         data = load_data(settings.data, root=settings.data_root, image_size=settings.image_size)
@@ -136,14 +169,10 @@ def inspect_network(settings: InspectSettings) -> Inspection:
     if settings.weights is not None:
         load_weights(network, settings.weights)
     example = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
-    survey = survey_groups(network, example, include=_patterns(settings.include), ignore=_patterns(settings.ignore))
-    model = CostModel(network, survey.groups, example) if survey.groups else None
+    survey = survey_groups(network, example, include=chosen.include, ignore=chosen.ignore)
+    model = CostModel(network, survey.groups, example, chosen) if survey.groups else None
     statistics = None
     if data and survey.groups:
         images = data.train.subset(min(settings.images, len(data.train)), torch.Generator().manual_seed(0))
         statistics = measure(network, survey.groups, images.batches(64), grams=False)
     return Inspection(network, survey, model, statistics)
-
-
-def _patterns(text: str) -> list[str]:
-    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]

@@ -27,8 +27,8 @@ class Progress:
             Console(highlight=False, soft_wrap=True).print(text)
 
     @contextmanager
-    def updates(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar of optimizer steps; yields a function that takes the number done."""
+    def updates(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Show a bar of optimizer steps (`total` None: not known yet); yields a function that takes the number done."""
         with self._bar(label, total, "update") as bar:
 
             def show(done: int) -> None:
@@ -49,5 +49,5 @@ class Progress:
 
             yield show
 
-    def _bar(self, label: str, total: int, unit: str) -> Any:
+    def _bar(self, label: str, total: int | None, unit: str) -> Any:
         return tqdm(total=total, desc=label, unit=unit, disable=not self.enabled, leave=True, mininterval=0.5)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,9 +18,6 @@ from .finalists import Finalist, verdict_sentence
 if TYPE_CHECKING:
     from .search import SearchResult
 
-HEADERS = (
-    "network", "parameters", "fewer", "MACs", "fewer", "retraining", "after the cut", "selection", "test",
-)  # fmt: skip
 COLOURS = {
     "original": "#222222",
     "uniform": "#8a8f98",
@@ -27,6 +25,14 @@ COLOURS = {
     "network_trimming_repaired": "#e3b23c",
     "agent": "#2f6db3",
 }
+
+
+def headers(result: "SearchResult") -> tuple[str, ...]:
+    """Return the headers of `table_rows`."""
+    timed = (f"ms, batch {latency.batch}" for latency in result.finalists[0].latencies)
+    return (
+        "network", "parameters", "fewer", "MACs", "fewer", *timed, "retraining", "after the cut", "selection", "test",
+    )  # fmt: skip
 
 
 def table_rows(result: "SearchResult") -> list[tuple[str, ...]]:
@@ -39,6 +45,7 @@ def table_rows(result: "SearchResult") -> list[tuple[str, ...]]:
             f"{whole.params / finalist.cost.params:.2f}×",
             f"{finalist.cost.macs:,}",
             f"{whole.macs / finalist.cost.macs:.2f}×",
+            *(f"{latency.median_ms:.3g}" for latency in finalist.latencies),
             f"{finalist.schedule.retrain_updates:,}" if finalist.schedule else "–",
             _percent(finalist.after_trim),
             _percent(finalist.selection.accuracy),
@@ -89,6 +96,24 @@ def note_lines(result: "SearchResult") -> list[str]:
     return [f"{finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note]
 
 
+def latency_lines(result: "SearchResult") -> list[str]:
+    """Return one sentence on the measured time of a forward pass, beside the MACs; none if nothing was timed."""
+    original, agent = result.finalists[0], result.finalists[-1]
+    passes = [
+        f"{before.median_ms:.3g} → {after.median_ms:.3g} ms ({before.median_ms / after.median_ms:.1f}×) at batch "
+        f"{before.batch}"
+        for before, after in zip(original.latencies, agent.latencies, strict=True)
+    ]
+    if not passes:
+        return []
+    device = next(agent.network.parameters()).device.type
+    return [
+        f"Forward pass of the agent's network against the original's, median on this machine ({device}, "
+        f"{torch.get_num_threads()} threads): {', '.join(passes)}, with {original.cost.macs / agent.cost.macs:.1f}× "
+        "fewer MACs."
+    ]
+
+
 def write_report(folder: Path, result: "SearchResult") -> None:
     """Write `report.md` and its pictures into `folder`."""
     learning_curve(result).savefig(folder / "learning_curve.png")
@@ -117,10 +142,11 @@ def markdown(result: "SearchResult") -> str:
     lines = [
         f"# {title(result)}",
         "",
-        *markdown_table(HEADERS, rows),
+        *markdown_table(headers(result), rows),
         "",
         *verdict_lines(result),
         "",
+        *(f"- {line}" for line in latency_lines(result)),
         f"- *after the cut*: accuracy on {_reward_images(result):,} reward images after the last cut and its repair, "
         "before the training that follows it.",
         f"- *selection*: accuracy on {len(task.selection):,} selection images after all retraining.",

@@ -22,7 +22,7 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import Built, Round, Schedule, build
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
-from .finalists import Finalist, Verdict, compare_pair, read_test_split
+from .finalists import Finalist, Verdict, compare_pair, read_test_split, time_networks
 from .history import Evaluation, History, SearchCallback
 from .learner import make_environments, make_learner, noise_setter
 from .progress import Progress
@@ -105,11 +105,12 @@ def search(
         The result; `result.save(folder)` writes it.
 
     Raises:
-        UserError: The request cannot be met, e.g. the budget is below what one channel per group costs.
+        UserError: The request cannot be met, e.g. the budget is below what the narrowest allowed widths cost.
     """
     if not isinstance(task, PruningTask):
         raise UserError(f"search needs a PruningTask, but got {type(task).__name__}; PruningTask(network, train=…, …)")
     settings = _resolve(settings, budget, max_evaluations, budget_unit, retrain_updates, seed)
+    settings = _without_epochs(settings, len(task.train))
     with random_state_kept():
         return _search(task, settings, run_folder, progress or Progress())
 
@@ -117,7 +118,7 @@ def search(
 def _search(
     task: PruningTask, settings: SearchSettings, run_folder: RunFolder | None, progress: Progress
 ) -> SearchResult:
-    trimmer = Trimmer(task, settings.trim.repair)
+    trimmer = Trimmer(task, settings.trim.repair, settings.trim.groups)
     history = History(run_folder.path / "history.csv" if run_folder else None)
     environment = TrimEnv(task, settings.trim, trimmer=trimmer)  # refuses impossible settings before any work
     policy, stopped_by = _learn(task, settings, trimmer, environment, history, run_folder, progress)
@@ -131,6 +132,7 @@ def _search(
         finalists += _heuristics(trimmer, settings, agent, progress)
     finalists.append(agent)
     read_test_split(trimmer, finalists)
+    time_networks(trimmer, finalists, settings.latency_batches)
     verdicts = [compare_pair(agent, other) for other in finalists[1:-1]]
     needs = settings.trim.budget is not None and settings.trim.reward.objective == "budget"
     result = SearchResult(
@@ -182,16 +184,24 @@ def _resolve(
         default = RetrainSettings(updates=DEFAULT_RETRAIN_UPDATES)
         settings = SearchSettings(trim=TrimSettings(retraining=default))
     trim = settings.trim
-    updates = trim.retraining.updates if retrain_updates is None else retrain_updates
+    retraining = trim.retraining
+    if retrain_updates is not None:
+        retraining = replace(retraining, updates=retrain_updates, epochs=0.0)
     trim = replace(
         trim,
         budget=trim.budget if budget is None else budget,
         budget_unit=trim.budget_unit if budget_unit is None else budget_unit,
-        retraining=replace(trim.retraining, updates=updates),
+        retraining=retraining,
     )
     seed = settings.seed if seed is None else seed
     evaluations = settings.max_evaluations if max_evaluations is None else max_evaluations
     return resolve_settings(replace(settings, trim=trim, seed=seed, max_evaluations=evaluations))
+
+
+def _without_epochs(settings: SearchSettings, examples: int) -> SearchSettings:
+    """Turn the epochs of the final retraining into updates, which is what rounds and heuristics count."""
+    trim = settings.trim
+    return replace(settings, trim=replace(trim, retraining=trim.retraining.resolved(examples)))
 
 
 def resolve_settings(settings: SearchSettings) -> SearchSettings:

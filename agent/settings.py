@@ -56,6 +56,7 @@ class SearchSettings:
         max_minutes: Wall-clock limit of the learning phase; 0 = none. The best plan so far is then used.
         candidates: Best plans of the search that are scored again, on the selection split; the best there wins.
         compare: Whether the heuristics are run to the same budget with the same number of retraining updates.
+        latency_batches: Batch sizes for which the finished networks' forward pass is timed; empty = not timed.
         seed: Root of all random numbers.
     """
 
@@ -66,6 +67,7 @@ class SearchSettings:
     max_minutes: float = 0.0
     candidates: int = 5
     compare: bool = True
+    latency_batches: tuple[int, ...] = (1, 64)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class SearchSettings:
                 "max_evaluations and candidates must be at least 1 and max_minutes at least 0, but got "
                 f"{self.max_evaluations}, {self.candidates} and {self.max_minutes}"
             )
+        if any(batch < 1 for batch in self.latency_batches):
+            raise UserError(f"latency_batches must hold sizes from 1, but got {list(self.latency_batches)}")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class RoundTarget:
 
 
 class ActionRule(ABC):
-    """Meaning of the actions; `model` is the pristine network's cost model."""
+    """Meaning of the actions; `model` is the pristine network's cost model, whose allowed widths all counts keep to."""
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
@@ -58,7 +58,7 @@ class ActionRule(ABC):
 
     def smallest(self, subject: Subject) -> CountArray:
         """Return (groups,) the fewest channels an action can leave."""
-        return np.ones(len(subject.groups), dtype=np.int64)
+        return self.model.allowed.smallest(_widths(subject))
 
     def check(self, budget: float | None, unit: str) -> None:
         """Refuse a budget that the rule cannot meet, or an unknown unit, before anything runs."""
@@ -68,7 +68,7 @@ class ActionRule(ABC):
 class ScoreAction(ActionRule):
     """A score per group; at the end of the round one scalar b is solved: keep = sigmoid(scale · action + b).
 
-    The budget is met by construction, within one channel. Equal actions are the uniform plan.
+    The budget is met by construction, within one allowed width. Equal actions are the uniform plan.
     """
 
     def __init__(self, model: CostModel, scale: float = 3.0) -> None:
@@ -110,48 +110,56 @@ class RatioAction(ActionRule):
         return 1.0 - self.largest_trim * (1.0 - actions) / 2.0
 
     def decided(self, actions: NDArray[np.float64], subject: Subject, target: RoundTarget) -> CountArray:
-        """Round to whole channels, then clip group by group."""
+        """Round to the nearest allowed widths, then clip group by group."""
         present = _widths(subject)
         counts = self.smallest(subject)
-        keep = self.requested(actions, subject)
-        for place, share in enumerate(keep):
-            counts[place] = _whole(share * present[place])
+        asked, keep = present.copy(), self.requested(actions, subject)
+        asked[: len(keep)] = _whole(keep * present[: len(keep)])
+        asked = self.model.allowed.nearest(asked, present)
+        for place in range(len(keep)):
+            counts[place] = asked[place]
             if target.share is not None:
-                counts[place] = self._clip(counts, place, target)
+                counts[place] = self._clip(counts, place, present, target)
         counts[len(keep) :] = present[len(keep) :]
         return counts
 
     def smallest(self, subject: Subject) -> CountArray:
-        """Return what the largest trim leaves, at least one channel each."""
-        return _whole((1 - self.largest_trim) * _widths(subject))
+        """Return what the largest trim leaves, rounded to the nearest allowed widths."""
+        return self._least(_widths(subject))
 
-    def _clip(self, counts: CountArray, place: int, target: RoundTarget) -> int:
-        """Return the most channels, up to those asked for, with which the rest could still meet the budget."""
+    def _least(self, present: CountArray) -> CountArray:
+        return self.model.allowed.nearest(_whole((1 - self.largest_trim) * present), present)
+
+    def _clip(self, counts: CountArray, place: int, present: CountArray, target: RoundTarget) -> int:
+        """Return the widest allowed width, up to that asked for, with which the rest could still meet the budget."""
         assert target.share is not None
-        trial = counts.copy()
-        low, high = 1, int(counts[place])
+        trial, allowed = counts.copy(), self.model.allowed
+        low, high = int(allowed.smallest(present)[place]), int(counts[place])
         while low < high:
             middle = (low + high + 1) // 2
             trial[place] = middle
             low, high = (middle, high) if self.model.share(trial, target.unit) <= target.share else (low, middle - 1)
-        return low
+        trial[place] = low
+        return int(allowed.not_above(trial, present)[place])
 
     def check(self, budget: float | None, unit: str) -> None:
         """Also refuse what the largest trim cannot reach."""
         super().check(budget, unit)
-        least = self.model.share(_whole((1 - self.largest_trim) * self.model.widths), unit)
+        least = self.model.share(self._least(self.model.widths), unit)
         if budget is not None and least > budget:
             raise UserError(
                 f"budget must be reachable by trimming {self.largest_trim:.0%} of each group, which leaves {least:.6f} "
-                f"of the {unit}, but got {budget=}; raise largest_trim or the budget"
+                f"of the {unit}{self.model.allowed.settings.limits}, but got {budget=}; raise largest_trim or the "
+                "budget"
             )
 
 
 class ThresholdAction(ActionRule):
     """A threshold per group: channels with APoZ above mean + z·σ leave, z = 1 + 2 · action in [-1, 3].
 
-    Action 0 is the rule of Network Trimming (Hu et al. 2016). A budget, if any, is enforced at the last round: what
-    the thresholds leave is shrunk uniformly.
+    Action 0 is the rule of Network Trimming (Hu et al. 2016). Where not every width is allowed, the best of those above
+    the threshold stay, up to the next allowed width. A budget, if any, is enforced at the last round: what the
+    thresholds leave is shrunk uniformly.
     """
 
     def requested(self, actions: NDArray[np.float64], subject: Subject) -> NDArray[np.float64]:
@@ -163,11 +171,11 @@ class ThresholdAction(ActionRule):
         return shares
 
     def decided(self, actions: NDArray[np.float64], subject: Subject, target: RoundTarget) -> CountArray:
-        """Count the channels below the thresholds, at least one."""
-        counts = _widths(subject)
-        shares = self.requested(actions, subject)
+        """Count the channels below the thresholds, up to the next allowed width, at least one."""
+        present = _widths(subject)
+        counts, shares = present.copy(), self.requested(actions, subject)
         counts[: len(shares)] = np.maximum(1, np.rint(shares * counts[: len(shares)])).astype(np.int64)
-        return counts
+        return self.model.allowed.not_below(counts, present)
 
     def resolve(self, actions: NDArray[np.float64], subject: Subject, target: RoundTarget) -> CountArray:
         """Enforce the budget at the last round."""

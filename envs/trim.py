@@ -18,6 +18,7 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import round_seed
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
+from ..pruning.widths import GroupSettings
 from .action import ActionRule, RoundTarget, make_action_rule
 from .default_task import default_task
 from .observation import GroupObservation, Progress
@@ -39,6 +40,7 @@ class TrimSettings:
         retrain_updates: Training updates after each round's cut, inside the episode.
         retraining: How networks are trained after a cut, inside the episode (`retrain_updates` steps a round) and
             when the finished network is built (`retraining.updates` steps, over and above).
+        groups: Which groups may be cut, and to which widths.
         repair: Criterion, compensation, calibration and scoring.
         reward: Objective and weights.
     """
@@ -51,6 +53,7 @@ class TrimSettings:
     largest_trim: float = 0.95
     retrain_updates: int = 0
     retraining: RetrainSettings = field(default_factory=RetrainSettings)
+    groups: GroupSettings = field(default_factory=GroupSettings)
     repair: RepairSettings = field(default_factory=RepairSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
 
@@ -83,7 +86,8 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     action says how much of the group to trim. At the end of each walk the widths are projected onto the budget, the
     network is cut for real, repaired, its batch norm recalibrated, optionally retrained, and scored on the reward
     images; the next walk sees statistics measured anew on what is left. `reset` starts from the pristine weights,
-    which are never changed. The classifier's outputs are never cut and no group ever empties.
+    which are never changed. The classifier's outputs are never cut and no group ever empties; `TrimSettings.groups`
+    names groups that stay whole, and the multiples and the minimum that every cut width keeps to.
 
     ## Observation
     `Box` of shape (29,), float32: the group that the *next* action trims. In order (see `observation.FEATURES`):
@@ -144,9 +148,11 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             raise UserError(f"render_mode must be one of {self.metadata['render_modes']}, but got {render_mode!r}")
         self.settings = settings or TrimSettings()
         self.render_mode = render_mode
-        self.trimmer = trimmer or Trimmer(task or default_task(), self.settings.repair)
+        self.trimmer = trimmer or Trimmer(task or default_task(), self.settings.repair, self.settings.groups)
         if self.trimmer.settings != self.settings.repair:
             raise UserError("a shared trimmer must have the environment's repair settings, but they differ")
+        if self.trimmer.group_settings != self.settings.groups:
+            raise UserError("a shared trimmer must have the environment's group settings, but they differ")
         model = self.trimmer.cost_model
         self._rule = checked_rule(model, self.settings)
         self._observation = GroupObservation(model)
@@ -268,7 +274,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         return self._references[budget]
 
     def _trim(self, subject: Subject, counts: NDArray[np.int64], place: int) -> Trimmed:
-        retraining = replace(self.settings.retraining, updates=self.settings.retrain_updates)
+        retraining = replace(self.settings.retraining, updates=self.settings.retrain_updates, epochs=0.0)
         plan = self.trimmer.plan(counts, subject)
         return self.trimmer.trim(plan, subject, retraining=retraining, seed=round_seed(self._seed, place))
 
@@ -331,8 +337,8 @@ def checked_rule(model: CostModel, settings: TrimSettings) -> ActionRule:
 
 def check_request(network: nn.Module, example_input: Tensor, settings: TrimSettings) -> None:
     """Refuse impossible settings for a network that need not be trained yet; errors as in `checked_rule`."""
-    groups = find_groups(network, example_input)
-    checked_rule(CostModel(network, groups, example_input), settings)
+    groups = find_groups(network, example_input, include=settings.groups.include, ignore=settings.groups.ignore)
+    checked_rule(CostModel(network, groups, example_input, settings.groups), settings)
 
 
 def _scalar(action: Any) -> float:

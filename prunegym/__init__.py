@@ -8,12 +8,14 @@ from importlib.metadata import version
 
 from prunegym.agent import LearnerSettings, SearchResult, SearchSettings, search
 from prunegym.envs import TrimEnv, TrimSettings
-from prunegym.pruning import PruningPlan, PruningTask, UserError
+from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, UserError
 from prunegym.pruning.artifact import load_pruned, save_pruned
+from prunegym.pruning.export import export_network
 
 __version__ = version("prunegym")
 
 __all__ = [
+    "GroupSettings",
     "LearnerSettings",
     "PruningPlan",
     "PruningTask",
@@ -23,6 +25,7 @@ __all__ = [
     "TrimSettings",
     "UserError",
     "__version__",
+    "export_network",
     "load_pruned",
     "save_pruned",
     "search",

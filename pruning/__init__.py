@@ -9,7 +9,9 @@ from .errors import UserError
 from .evaluation import Score, evaluate
 from .grouping import find_groups, survey_groups
 from .groups import ChannelGroup, shrink_groups
+from .latency import Latency, measure_latency
 from .networks import build_network, network_names
+from .optimizer_state import OptimizerState, carry_optimizer, slice_state
 from .plan import PruningPlan
 from .prepare import TaskSettings, prepare_task
 from .recalibration import recalibrate
@@ -19,15 +21,20 @@ from .statistics import Statistics, measure
 from .surgery import SurgeryError, apply_plan, masked_copy, verify_cut
 from .task import PruningTask
 from .trimmer import RepairSettings, Subject, Trimmed, Trimmer
+from .widths import AllowedWidths, GroupSettings
 
 __all__ = [
     "COMPENSATIONS",
     "CRITERIA",
+    "AllowedWidths",
     "Built",
     "ChannelGroup",
     "Cost",
     "CostModel",
     "DataSplits",
+    "GroupSettings",
+    "Latency",
+    "OptimizerState",
     "PruningPlan",
     "PruningTask",
     "RankingContext",
@@ -47,6 +54,7 @@ __all__ = [
     "apply_plan",
     "build",
     "build_network",
+    "carry_optimizer",
     "compensate",
     "count_cost",
     "evaluate",
@@ -54,12 +62,14 @@ __all__ = [
     "load_data",
     "masked_copy",
     "measure",
+    "measure_latency",
     "network_names",
     "prepare_task",
     "rank_channels",
     "recalibrate",
     "retrain",
     "shrink_groups",
+    "slice_state",
     "solve_counts",
     "survey_groups",
     "verify_cut",

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from .errors import UserError, closest
 from .groups import ChannelGroup
-from .least_squares import covariance, input_width, output_dim, solve_mixing, weight_matrix
+from .layers import FloatArray, as_weight, features_of, input_width, output_dim, weight_matrix
+from .least_squares import covariance, solve_mixing
 from .merging import Substitution, find_substitutions
+from .moments import ConsumerStatistics
 from .plan import PruningPlan
-from .statistics import ConsumerStatistics, FloatArray, Statistics
+from .statistics import Statistics
 from .surgery import kept_entries, named_tensors
 
 IntArray = NDArray[np.int64]
@@ -43,9 +45,9 @@ class Loss:
     """What a layer lost.
 
     Attributes:
-        kept: Features that stay: Gram features, or input features where the method reads no statistics.
+        kept: Features (see `layers`) that stay; input features where the method reads no statistics.
         removed: Features that leave.
-        weight: (removed, columns) W_S; columns = outputs × taps (or shared positions).
+        weight: (removed, columns) W_S; columns = outputs × whatever shares a feature.
         constant: Whether the layer can absorb a constant.
         moments: Of the layer's whole input; None for a method that needs no data.
         substitutions: From the weights, one for each group with channels the layer read; only for such a method.
@@ -204,30 +206,20 @@ def _repair_layer(
     norm: Any,
 ) -> None:
     features = input_width(old) if evidence.moments is None else len(evidence.moments.mean)
-    shared = input_width(old) // features
-    removed = np.unique(removed_inputs // shared)
+    removed = features_of(old, removed_inputs, features)
     kept = np.setdiff1d(np.arange(features), removed)
     if isinstance(norm, nn.Module) and getattr(norm, "running_mean", None) is None:
         norm = None
     weight = old.weight if outputs is None else old.weight.index_select(output_dim(old), outputs.to(old.weight.device))
-    matrix = weight_matrix(old, weight, features)  # (features, outputs × taps)
+    matrix = weight_matrix(old, weight, features)  # (features, columns)
     constant = old.bias is not None or norm is not None
     gained = repair(Loss(kept, removed, matrix[removed], constant, evidence.moments, evidence.substitutions))
     with torch.no_grad():
         if gained.weight is not None:
-            new.weight.copy_(_as_weight(old, torch.from_numpy(matrix[kept] + gained.weight), new.weight))
+            new.weight.copy_(as_weight(old, torch.from_numpy(matrix[kept] + gained.weight), new.weight))
         if gained.constant is not None:
             shift = gained.constant.reshape(weight.shape[output_dim(old)], -1).sum(1)  # over taps and positions
             if new.bias is not None:
                 new.bias.add_(torch.from_numpy(shift).to(new.bias))
             elif norm is not None:
                 norm.running_mean.sub_(torch.from_numpy(shift).to(norm.running_mean))
-
-
-def _as_weight(layer: Any, matrix: Tensor, like: Tensor) -> Tensor:
-    """Undo `least_squares.weight_matrix`: (features, outputs × taps) -> the layout of `like`."""
-    if isinstance(layer, nn.Linear):
-        return matrix.reshape(len(matrix), like.shape[0], -1).transpose(0, 1).reshape(like.shape)
-    if layer.transposed:
-        return matrix.reshape(like.shape)
-    return matrix.reshape(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .errors import UserError
 from .groups import ChannelGroup
 from .tracing import evaluation_mode, hooked
+from .widths import AllowedWidths, GroupSettings
 
 UNITS = ("macs", "params")
 
@@ -73,11 +74,19 @@ class CostModel:
         network: The network the groups were found in.
         groups: Its channel groups.
         example_input: (1, …) one example, run once to count how often each weight is used.
+        settings: Which widths a plan may have; whoever solves for a budget keeps to `allowed`. Any by default.
     """
 
-    def __init__(self, network: nn.Module, groups: Sequence[ChannelGroup], example_input: Tensor) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        groups: Sequence[ChannelGroup],
+        example_input: Tensor,
+        settings: GroupSettings | None = None,
+    ) -> None:
         self.names = tuple(group.name for group in groups)
         self.widths = np.array([group.width for group in groups], dtype=np.int64)
+        self.allowed = AllowedWidths(groups, settings)
         self.full = count_cost(network, example_input)
         uses = _uses_per_weight(network, example_input)
         tensors = dict(network.named_parameters())
@@ -119,8 +128,12 @@ class CostModel:
         return self.cost(counts).of(unit) / self.full.of(unit)
 
     def smallest_share(self, unit: str) -> float:
-        """Return the least reachable share: one channel per group."""
-        return self.share(np.ones_like(self.widths), unit)
+        """Return the least reachable share: the narrowest allowed width per group."""
+        return self.share(self.allowed.smallest(self.widths), unit)
+
+    def smallest_budget(self, unit: str) -> float:
+        """Return the smallest reachable budget, rounded up to six digits: what is named can be typed in."""
+        return math.ceil(self.smallest_share(unit) * 1e6) / 1e6
 
     def group_share(self, unit: str, present: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
         """Return (groups,) the share of the present cost that would vanish with the whole group, each in [0, 1].
@@ -139,20 +152,20 @@ class CostModel:
         return result
 
     def check_budget(self, budget: float, unit: str) -> None:
-        """Refuse a budget outside (0, 1] or below what one channel per group costs.
+        """Refuse a budget outside (0, 1] or below what the narrowest allowed widths cost.
 
         Raises:
-            UserError: Names the smallest reachable budget.
+            UserError: Names the smallest reachable budget, and the settings that limit it.
         """
         if unit not in UNITS:
             raise UserError(f"budget_unit must be one of {', '.join(UNITS)}, but got {unit!r}")
         if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
             raise UserError(f"budget must be in (0, 1], but got {budget=}; it is the share of {unit} to keep")
-        least = self.smallest_share(unit)
-        if budget < least:
+        if budget < self.smallest_share(unit):
+            settings = self.allowed.settings
             raise UserError(
-                f"budget must be reachable, but got {budget=}; one channel per group already costs "
-                f"{math.ceil(least * 1e6) / 1e6:.6f} of the {unit}, the smallest reachable budget"
+                f"budget must be reachable, but got {budget=}; {settings.narrowest} per group already costs "
+                f"{self.smallest_budget(unit):.6f} of the {unit}, the smallest reachable budget{settings.limits}"
             )
 
 

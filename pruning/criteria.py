@@ -5,7 +5,7 @@ documentation users see.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,9 @@ from torch import nn
 
 from .errors import UserError, closest
 from .groups import ChannelGroup
-from .least_squares import ConsumerProblem, consumer_problems, eliminate, greedy_order
-from .statistics import FloatArray, GroupStatistics, Statistics
+from .layers import FloatArray
+from .least_squares import ConsumerProblem, GreedyChoice, choose_greedily, consumer_problems, eliminate
+from .statistics import GroupStatistics, Statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class RankingContext:
     network: nn.Module
     statistics: Statistics
     seed: int = 0
+    _choices: dict[str, GreedyChoice] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, group: ChannelGroup) -> GroupStatistics:
         """Return the statistics of one group."""
@@ -38,6 +40,12 @@ class RankingContext:
     def problems(self, group: ChannelGroup) -> list[ConsumerProblem]:
         """Return the least-squares problem of every layer that reads the group."""
         return consumer_problems(self.network, group, self.statistics)
+
+    def greedy_choice(self, group: ChannelGroup) -> GreedyChoice:
+        """Return the order of the criterion "least_squares" and what each width loses; worked out once."""
+        if group.name not in self._choices:
+            self._choices[group.name] = choose_greedily(self.problems(group))
+        return self._choices[group.name]
 
 
 Score = Callable[[ChannelGroup, RankingContext], FloatArray]
@@ -111,7 +119,7 @@ def _bn_scale(group: ChannelGroup, context: RankingContext) -> FloatArray:
 
 
 def _least_squares(group: ChannelGroup, context: RankingContext) -> FloatArray:
-    order = greedy_order(context.problems(group))
+    order = context.greedy_choice(group).order
     scores = np.empty(group.width)
     scores[order] = np.arange(group.width, 0, -1) / group.width
     return scores

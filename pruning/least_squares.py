@@ -2,7 +2,8 @@
 
 A layer computes Y = X_K W_K + X_S W_S + b. With K kept and S removed, the best linear stand-in for X_S given X_K
 is X_S ≈ X_K B + c with B = Σ_KK⁻¹ Σ_KS, c = μ_S − μ_K B, and what is lost at the output is tr(W_Sᵀ Σ_S|K W_S),
-Σ_S|K = Σ_SS − Σ_SK Σ_KK⁻¹ Σ_KS. All of it follows from the input's mean and second moment.
+Σ_S|K = Σ_SS − Σ_SK Σ_KK⁻¹ Σ_KS. All of it follows from the input's mean and second moment. X holds features (see
+`layers`), so that a convolution's taps are fitted one by one.
 """
 
 import warnings
@@ -16,10 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .groups import ChannelGroup
-from .statistics import ConsumerStatistics, FloatArray, Statistics
+from .layers import FloatArray, features_of, weight_matrix
+from .moments import ConsumerStatistics
+from .statistics import Statistics
+
+IntArray = NDArray[np.int64]
 
 RELATIVE_RIDGE = 1e-3
 """Added to the diagonal of Σ_KK, as a share of its mean: makes dead and duplicate channels harmless."""
+
+GREEDY_STEPS = 64
+"""Most selection steps for one group: a wider group takes several channels a step, those of highest gain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,31 +35,14 @@ class ConsumerProblem:
     """One layer that reads a group, seen as a least-squares problem.
 
     Attributes:
-        moment: (F, F) covariance of the layer's input (second moment where a constant cannot be absorbed).
-        weight: (F, F) M = W Wᵀ over the layer's outputs and taps: how much each direction of the input matters.
-        features: For each channel of the group, its Gram features.
+        moment: (F, F) covariance of the layer's features (second moment where a constant cannot be absorbed).
+        weight: (F, F) M = W Wᵀ over the columns of W: how much each direction of the input matters.
+        features: For each channel of the group, its features.
     """
 
     moment: FloatArray
     weight: FloatArray
-    features: tuple[NDArray[np.int64], ...]
-
-
-def weight_matrix(layer: Any, weight: Tensor, features: int) -> FloatArray:
-    """View a layer's weight as (features, outputs × taps or shared positions) float64.
-
-    Args:
-        layer: Convolution (not grouped) or linear layer.
-        weight: Its weight (or one of the same layout with fewer outputs or inputs).
-        features: Number of Gram features: input channels, or fewer than the input features when positions share.
-    """
-    value = weight.detach().double().cpu()
-    if isinstance(layer, nn.Linear):
-        matrix = value.reshape(value.shape[0], features, -1)  # (out, C·P) -> (out, C, P)
-        return matrix.transpose(0, 1).reshape(features, -1).numpy()
-    if not layer.transposed:
-        value = value.transpose(0, 1)  # (out, in, …) -> (in, out, …)
-    return value.reshape(features, -1).numpy()
+    features: tuple[IntArray, ...]
 
 
 def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Statistics) -> list[ConsumerProblem]:
@@ -61,11 +52,11 @@ def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Stati
         layer: Any = network.get_submodule(consumer.module)
         stats = statistics.consumers[consumer.module]
         size = len(stats.mean)
-        matrix = weight_matrix(layer, layer.weight, size)
-        shared = input_width(layer) // size
-        features = _features_by_channel(consumer.channel, consumer.index // shared, group.width)
+        matrix = torch.from_numpy(weight_matrix(layer, layer.weight, size))
+        inputs = [consumer.index[consumer.channel == channel] for channel in range(group.width)]
+        features = tuple(features_of(layer, own, size) for own in inputs)
         constant = layer.bias is not None or consumer.norm is not None
-        problems.append(ConsumerProblem(covariance(stats, constant), matrix @ matrix.T, features))
+        problems.append(ConsumerProblem(covariance(stats, constant), (matrix @ matrix.T).numpy(), features))
     return problems
 
 
@@ -74,20 +65,10 @@ def covariance(stats: ConsumerStatistics, constant: bool) -> FloatArray:
     return stats.covariance if constant else stats.second_moment
 
 
-def input_width(layer: Any) -> int:
-    """Return the number of input features or channels of a layer."""
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
-
-
-def output_dim(layer: Any) -> int:
-    """Return the dimension of a layer's weight that counts its outputs."""
-    return 1 if getattr(layer, "transposed", False) else 0
-
-
 def solve_mixing(
     moment: FloatArray,
-    kept: NDArray[np.int64],
-    removed: NDArray[np.int64],
+    kept: IntArray,
+    removed: IntArray,
     weight: FloatArray | None = None,
 ) -> FloatArray:
     """Return B = (Σ_KK + ridge)⁻¹ Σ_KS; falls back to a pseudo-inverse with a warning.
@@ -118,37 +99,48 @@ def solve_mixing(
     return (solution @ torch.from_numpy(weight) if late and weight is not None else solution).numpy()
 
 
-GREEDY_STEPS = 512
-"""Most selection steps for one group: a wider group takes several channels a step, those of highest gain."""
+@dataclass(frozen=True, eq=False)
+class GreedyChoice:
+    """An order of a group's channels, and what is lost when only the first of them stay.
+
+    Attributes:
+        order: (width,) channels, first chosen first.
+        residual: (width + 1,) the share of the consumers' input-dependent output, averaged over them, that the best
+            linear repair cannot bring back when the first n of `order` stay: from 1 (n = 0) down to 0. Linear
+            between the steps where several channels were chosen at once.
+    """
+
+    order: IntArray
+    residual: FloatArray
 
 
-def greedy_order(problems: Sequence[ConsumerProblem]) -> NDArray[np.int64]:
+def choose_greedily(problems: Sequence[ConsumerProblem]) -> GreedyChoice:
     """Order channels so that each next one reduces the summed residual of all consumers most.
 
     Forward selection by a pivoted block Cholesky factorisation: R is the covariance that the channels chosen so far
     cannot explain; choosing channel j lowers tr(M R) by tr(R_jj⁻¹ (R M R)_jj), and R falls by a low-rank update.
     Groups of more than `GREEDY_STEPS` channels choose ceil(width / GREEDY_STEPS) channels a step.
-
-    Returns:
-        (width,) channels, first chosen first.
     """
     width = len(problems[0].features)
     states = [_Elimination(problem) for problem in problems]
-    left = np.ones(width, dtype=bool)
-    order: list[int] = []
     at_once = -(-width // GREEDY_STEPS)
+    order: list[int] = []
+    reached, shares = [0], [1.0]
     while len(order) < width:
-        gain = np.sum([state.gains() for state in states], axis=0)
-        gain[~left] = -np.inf
-        best = [int(channel) for channel in np.argsort(-gain, kind="stable")[:at_once] if left[channel]]
-        left[best] = False
+        gain = torch.stack([state.gains() for state in states]).sum(0)  # (channels left,)
+        left = states[0].channels
+        best = left[torch.argsort(gain, descending=True, stable=True)[:at_once].sort().values].tolist()
+        best.sort(key=lambda channel: -float(gain[left == channel]))
         order += best
         for state in states:
             state.keep(best)
-    return np.array(order, dtype=np.int64)
+        reached.append(len(order))
+        shares.append(_mean_share(states))
+    curve = np.interp(np.arange(width + 1), reached, np.minimum.accumulate(shares))
+    return GreedyChoice(np.array(order, dtype=np.int64), curve)
 
 
-def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | NDArray[np.int64]) -> float:
+def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | IntArray) -> float:
     """Return the relative residual, averaged over consumers, when the channels `kept` stay; in [0, 1].
 
     Solved directly: tr(M_SS Σ_S|K) / tr(M Σ) over the features of the group.
@@ -160,76 +152,86 @@ def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | NDA
         moment, weight = problem.moment[np.ix_(own, own)], problem.weight[np.ix_(own, own)]
         whole = float((moment * weight).sum())
         keep, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
-        mixing = solve_mixing(moment, keep, gone)
-        left = moment[np.ix_(gone, gone)] - moment[np.ix_(gone, keep)] @ mixing
-        shares.append(float((left * weight[np.ix_(gone, gone)]).sum()) / max(whole, 1e-30))
+        cross = torch.from_numpy(moment[np.ix_(gone, keep)])
+        left = torch.from_numpy(moment[np.ix_(gone, gone)]) - cross @ torch.from_numpy(solve_mixing(moment, keep, gone))
+        shares.append(float((left * torch.from_numpy(weight[np.ix_(gone, gone)])).sum()) / max(whole, 1e-30))
     return float(np.clip(np.mean(shares), 0.0, 1.0))
 
 
-def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | NDArray[np.int64]) -> FloatArray:
-    """Return (width + 1,) the relative residual, summed over consumers, as channels join in the given order."""
+def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | IntArray) -> FloatArray:
+    """Return (width + 1,) the residual of `GreedyChoice`, as channels join one by one in the given order."""
     states = [_Elimination(problem) for problem in problems]
-    total = [max(state.residual(), 1e-30) for state in states]
-    curve = np.empty(len(order) + 1)
-    curve[0] = 1.0
-    for place, channel in enumerate(order):
+    curve = [1.0]
+    for channel in order:
         for state in states:
             state.keep([int(channel)])
-        shares = [state.residual() / whole for state, whole in zip(states, total, strict=True)]
-        curve[place + 1] = float(np.clip(np.mean(shares), 0.0, 1.0))
+        curve.append(_mean_share(states))
     return np.minimum.accumulate(curve)
 
 
 class _Elimination:
-    """The part of one consumer's input that the kept channels cannot explain.
+    """The part of one consumer's input that the kept channels cannot explain, over the channels not yet kept.
 
     Other groups' features (a concatenation) count as kept: the question is what this group's removal loses.
     """
 
     def __init__(self, problem: ConsumerProblem) -> None:
-        self.features = problem.features
-        own = np.concatenate(problem.features)
-        place = np.full(len(problem.moment), -1)
-        place[own] = np.arange(len(own))
-        self.local = [place[features] for features in problem.features]
-        self.remaining = problem.moment[np.ix_(own, own)].copy()
-        self.weight = problem.weight[np.ix_(own, own)]
-        self.floor = 1e-9 * max(float(np.diag(self.remaining).max(initial=0.0)), 1e-30)
-        self.product = self.weight @ self.remaining  # M R
+        self.each = max(len(features) for features in problem.features)
+        own = np.full((len(problem.features), self.each), -1)  # -1: a feature that is always zero
+        for channel, features in enumerate(problem.features):
+            own[channel, : len(features)] = features
+        flat = torch.from_numpy(own.ravel())
+        absent = flat < 0
+        self.unexplained = _chosen(torch.from_numpy(problem.moment), flat, absent)  # R
+        self.weighted = self.unexplained @ _chosen(torch.from_numpy(problem.weight), flat, absent)  # R M
+        self.channels = torch.arange(len(problem.features))
+        self.floor = 1e-9 * max(float(self.unexplained.diagonal().max()), 1e-30)
+        self.whole = max(float(self.weighted.trace()), 1e-30)
 
     def residual(self) -> float:
-        return float(np.trace(self.product))
+        """Return tr(M R) as a share of what it was at first."""
+        return float(self.weighted.trace()) / self.whole
 
-    def gains(self) -> FloatArray:
-        """Return, per channel, how much tr(M R) falls when it is kept: tr(R_jj⁻¹ (R M R)_jj) over its features."""
-        if any(len(local) != len(self.local[0]) for local in self.local):
-            return np.array([self._block_gains(local[None])[0] for local in self.local])
-        return self._block_gains(np.stack(self.local))
-
-    def _block_gains(self, local: NDArray[np.int64]) -> FloatArray:
-        """Gains of equally large blocks; local: (blocks, T) features."""
-        if local.shape[1] == 1:
-            diagonal = np.diagonal(self.remaining)[local[:, 0]]
-            weighted = np.einsum("fb,fb->b", self.remaining, self.product)[local[:, 0]]
-            return np.where(diagonal > self.floor, weighted / np.maximum(diagonal, self.floor), 0.0)
-        rows = self.remaining[local]  # (blocks, T, F)
-        weighted = np.einsum("btf,bfs->bts", rows, self.product.T[local].transpose(0, 2, 1), optimize=True)
-        own = np.take_along_axis(rows, local[:, None, :].repeat(local.shape[1], 1), axis=2)  # (blocks, T, T)
-        return np.einsum("bts,bst->b", np.linalg.pinv(own, rcond=1e-9, hermitian=True), weighted)
+    def gains(self) -> Tensor:
+        """Return (channels left,) how much tr(M R) falls when one is kept: tr(R_jj⁻¹ (R M R)_jj)."""
+        count, each = len(self.channels), self.each
+        if each == 1:
+            lowered = (self.weighted * self.unexplained).sum(1)
+            return lowered / (self.unexplained.diagonal() + self.floor)
+        rows = self.unexplained.reshape(count, each, -1)
+        lowered = self.weighted.reshape(count, each, -1) @ rows.transpose(1, 2)  # (count, each, each)
+        own = rows.reshape(count, each, count, each).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        own = own + self.floor * torch.eye(each, dtype=own.dtype)
+        return torch.linalg.solve(own, lowered).diagonal(dim1=1, dim2=2).sum(1)
 
     def keep(self, channels: Sequence[int]) -> None:
-        """Take what the channels explain out of R and M R: a block step of the Cholesky factorisation."""
-        local = np.concatenate([self.local[channel] for channel in channels])
-        columns = self.remaining[:, local]  # (F, T)
-        own = columns[local]
-        if float(np.trace(own)) <= self.floor:
-            return
-        explained = np.linalg.pinv(own, rcond=1e-9, hermitian=True) @ columns.T  # (T, F)
-        self.product -= self.product[:, local] @ explained
-        self.remaining -= columns @ explained
+        """Take what the channels explain out of R and R M, and forget them: a block step of the factorisation."""
+        kept = torch.isin(self.channels, torch.tensor(channels))
+        features = kept.repeat_interleave(self.each)
+        self.channels = self.channels[~kept]
+        columns = self.unexplained[:, features]  # (F, S)
+        own = columns[features]
+        stay = (~features).nonzero().squeeze(1)
+        rest = self.unexplained.index_select(0, stay).index_select(1, stay)
+        weighted = self.weighted.index_select(0, stay).index_select(1, stay)
+        if float(own.trace()) > self.floor:
+            own.diagonal().add_(self.floor)
+            columns = columns[~features]
+            factor, failed = torch.linalg.cholesky_ex(own)
+            inverse = torch.linalg.pinv(own, hermitian=True) if int(failed) else torch.cholesky_inverse(factor)
+            explained = columns @ inverse  # (F, S)
+            rest.addmm_(explained, columns.T, alpha=-1)
+            weighted.addmm_(explained, self.weighted[features][:, stay], alpha=-1)
+        self.unexplained, self.weighted = rest, weighted
 
 
-def _features_by_channel(
-    channel: NDArray[np.int64], feature: NDArray[np.int64], width: int
-) -> tuple[NDArray[np.int64], ...]:
-    return tuple(np.unique(feature[channel == place]) for place in range(width))
+def _chosen(matrix: Tensor, index: Tensor, absent: Tensor) -> Tensor:
+    """Return the rows and columns `index` of a matrix, zero where absent; float64."""
+    value = matrix.index_select(0, index.clamp(min=0)).index_select(1, index.clamp(min=0))
+    value[absent] = 0.0
+    value[:, absent] = 0.0
+    return value
+
+
+def _mean_share(states: Sequence[_Elimination]) -> float:
+    return float(np.clip(np.mean([state.residual() for state in states]), 0.0, 1.0))

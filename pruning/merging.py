@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .groups import ChannelGroup, Consumer
-from .least_squares import input_width, output_dim
-from .statistics import FloatArray
+from .layers import FloatArray, input_width, output_dim
 
 IntArray = NDArray[np.int64]
 

@@ -112,7 +112,10 @@ def prepare_task(
         check(network, data.train.example().to(device))
     if settings.weights is not None:
         load_weights(network, settings.weights)
-    source = {**dataclasses.asdict(settings), "seed": seed, "classes": data.classes, "image_shape": data.image_shape}
+    source = {
+        **dataclasses.asdict(settings), "seed": seed, "classes": data.classes, "image_shape": data.image_shape,
+        "mean": list(data.mean), "std": list(data.std),
+    }  # fmt: skip
     task = PruningTask.from_data(  # also checks network and data before any training
         network, data, metric=settings.metric, name=f"{settings.network} on {settings.data}", source=source
     )
@@ -131,11 +134,13 @@ def _trained(
     progress: Callable[[int], None] | None,
 ) -> None:
     """Train `network` in place, or take the weights that the same training gave before."""
-    if not settings.training.updates:
+    training = settings.training.resolved(len(data.train))
+    if not training.updates:
         raise UserError(
             "an untrained network cannot be pruned: give its weights (--task.weights) "
-            "or train it here (--task.training.updates)"
+            "or train it here (--task.training.updates or --task.training.epochs)"
         )
+    settings = dataclasses.replace(settings, training=training)
     own_code = ":" in settings.network
     kept = None if own_code else cache_folder() / f"{_key(settings, data, seed, device)}.safetensors"
     if kept is not None and kept.is_file():
@@ -144,7 +149,8 @@ def _trained(
             return
         except (OSError, RuntimeError, SafetensorError):
             kept.unlink(missing_ok=True)  # damaged: train again
-    retrain(network, data.train.to(device), settings.training, seed=seed, progress=progress)
+    selection = data.selection.to(device) if training.check_every else None
+    retrain(network, data.train.to(device), training, seed=seed, selection=selection, progress=progress)
     if kept is not None:
         _keep(network, kept)
 

@@ -1,100 +1,59 @@
-"""Fine-tune a network, with optional distillation from the original."""
+"""Fine-tune a network, with optional distillation from the original and early stopping on a split apart."""
 
 import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Batch, Split, augment_crop_flip
-from .errors import UserError, closest
+from .errors import UserError
+from .evaluation import Score, evaluate
+from .optimizer_state import OptimizerState, capture, restore
+from .retrain_settings import RetrainResult, RetrainSettings
 from .tracing import evaluation_mode
 
-CHOICES = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("cosine", "one_cycle", "constant"),
-    "precision": ("float32", "bfloat16"),
-}
+__all__ = ["RetrainResult", "RetrainSettings", "augment", "rate_factor", "retrain"]
 
 
-@dataclass(frozen=True)
-class RetrainSettings:
-    """How to train.
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What all attempts of one training share; the values are those of `retrain`'s arguments."""
 
-    Attributes:
-        updates: Optimizer steps; 0 leaves the network as it is.
-        batch_size: Examples a step.
-        optimizer: "sgd" (Nesterov momentum) or "adamw".
-        learning_rate: Highest learning rate.
-        schedule: "cosine" to zero, "one_cycle" (linear rise over the first 30 %, then cosine) or "constant".
-        momentum: Of SGD, in [0, 1).
-        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
-        distillation: Share of the loss, in [0, 1], that is the distance to the original's softened outputs.
-        temperature: Of the distillation.
-        label_smoothing: In [0, 1).
-        crop_padding: Pixels of zero padding for random crops; 0 = none.
-        flip: Whether images are mirrored at random.
-        clip_norm: Largest gradient norm; 0 = no clipping.
-        precision: "float32", or "bfloat16" for autocast.
-    """
-
-    updates: int = 0
-    batch_size: int = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 0.02
-    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    distillation: float = 0.0
-    temperature: float = 4.0
-    label_smoothing: float = 0.0
-    crop_padding: int = 0
-    flip: bool = False
-    clip_norm: float = 5.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"{name} must be a known name, but got {value!r}{closest(str(value), known)}")
-        if self.weight_decay < 0 or self.clip_norm < 0 or self.crop_padding < 0:
-            raise UserError(
-                "weight_decay, clip_norm and crop_padding must be at least 0, but got "
-                f"{self.weight_decay}, {self.clip_norm} and {self.crop_padding}"
-            )
-        if self.updates < 0 or self.batch_size < 2:
-            raise UserError(
-                f"retraining needs updates >= 0 and batch_size >= 2, but got {self.updates} and {self.batch_size}"
-            )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UserError(f"learning_rate must be positive, but got {self.learning_rate}")
-        if not 0 <= self.distillation <= 1:
-            raise UserError(f"distillation must be in [0, 1], but got {self.distillation}; it is a share of the loss")
-        if not (0 <= self.momentum < 1 and 0 <= self.label_smoothing < 1 and self.temperature > 0):
-            raise UserError("momentum and label_smoothing must be in [0, 1) and temperature positive")
+    network: nn.Module
+    split: Split
+    seed: int
+    teacher: nn.Module | None
+    selection: Split | None
+    metric: str
+    state: OptimizerState | None
+    progress: Callable[[int], None] | None
 
 
-@dataclass(frozen=True)
-class RetrainResult:
-    """What training did.
+@dataclass(frozen=True, eq=False)
+class _Best:
+    """The best-scoring step so far, with copies of the weights and of the optimizer's state."""
 
-    Attributes:
-        updates: Optimizer steps taken (the steps of a diverged attempt are counted too).
-        loss: Mean training loss over the last tenth of the steps, nan if there were none.
-        learning_rate: The highest rate that was finally used.
-    """
+    update: int
+    score: Score
+    weights: dict[str, Tensor]
+    state: OptimizerState | None
 
-    updates: int
-    loss: float
-    learning_rate: float
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """How an attempt ended; the network holds the weights of `best`, or the last ones without it."""
+
+    losses: list[float]
+    diverged: bool
+    stopped_early: bool = False
+    best: _Best | None = None
+    state: OptimizerState | None = None
 
 
 def retrain(
@@ -104,81 +63,174 @@ def retrain(
     *,
     seed: int,
     teacher: nn.Module | None = None,
+    selection: Split | None = None,
+    metric: str = "accuracy",
+    state: OptimizerState | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RetrainResult:
-    """Train `network` in place and leave it in evaluation mode.
+    """Train `network` in place and leave it in evaluation mode, without gradients.
 
-    A loss that is not finite restarts from the weights given, at a quarter of the rate, with a warning.
+    A loss, a score or a weight that is not finite restarts from the weights and the optimizer state given, at a
+    quarter of the rate, with a warning. With `settings.check_every` the network is scored now and then and ends with
+    the weights of the highest accuracy, of these the lowest loss. The weights given are no candidate: fresh from a
+    cut, they are what training was asked to leave behind.
 
     Args:
         network: Trained in place.
         split: Training data, reshuffled every epoch.
         settings: How to train.
-        seed: Decides shuffling, augmentation and dropout; the global random state comes back.
+        seed: Decides shuffling, augmentation and dropout; the global random state comes back. Scoring uses no
+            random numbers of the training.
         teacher: The original; needed when `settings.distillation` is positive. Run in evaluation mode; its
             own modes come back.
+        selection: What the network is scored on; needed when `settings.check_every` is positive.
+        metric: Of these scores, a name from `evaluation.METRICS`.
+        state: Where the optimizer goes on; by default it begins at rest. A state of another kind of optimizer is
+            left out, as is any with `settings.carry_state` off.
         progress: Called with the number of steps done, after each.
 
     Raises:
-        UserError: Distillation without a teacher, or training diverges four times.
+        UserError: Distillation without a teacher, scores without a selection split, a state that does not fit the
+            network, or training diverges four times.
     """
+    settings = settings.resolved(len(split))
     if not settings.updates:
-        return RetrainResult(0, float("nan"), settings.learning_rate)
+        return RetrainResult(0, math.nan, settings.learning_rate)
     if settings.distillation and teacher is None:
         raise UserError("distillation needs a teacher (the original network), but none was given")
+    if settings.check_every and selection is None:
+        raise UserError(
+            f"check_every={settings.check_every} needs a selection split to score on, but none was given; "
+            "pass selection=..., or set check_every to 0"
+        )
+    job = _Job(network, split, seed, teacher, selection, metric, state if settings.carry_state else None, progress)
     start = copy.deepcopy(network.state_dict())
     spent = 0
-    for attempt in range(4):
-        rate = settings.learning_rate / 4**attempt
-        with torch.random.fork_rng(), nullcontext() if teacher is None else evaluation_mode(teacher):
-            torch.manual_seed(seed)
-            losses = _attempt(network, split, replace(settings, learning_rate=rate), seed, teacher, progress)
-        spent += len(losses)
-        if losses and math.isfinite(losses[-1]):
-            tail = losses[-max(1, len(losses) // 10) :]
-            return RetrainResult(spent, sum(tail) / len(tail), rate)
-        warnings.warn(
-            f"training diverged after {len(losses)} updates at learning rate {rate:g}; it starts again at {rate / 4:g}",
-            stacklevel=2,
-        )
-        network.load_state_dict(start)
+    with _channels_last(network) if settings.channels_last else nullcontext():
+        for attempt in range(4):
+            rate = settings.learning_rate / 4**attempt
+            with torch.random.fork_rng(), nullcontext() if teacher is None else evaluation_mode(teacher):
+                torch.manual_seed(seed)
+                done = _attempt(job, replace(settings, learning_rate=rate))
+            spent += len(done.losses)
+            if not done.diverged:
+                return _result(done, spent, rate)
+            warnings.warn(
+                f"training diverged after {len(done.losses)} updates at learning rate {rate:g}; "
+                f"it starts again at {rate / 4:g}",
+                stacklevel=2,
+            )
+            network.load_state_dict(start)
     raise UserError(f"training diverged four times, the last at learning rate {rate:g}; is the data finite?")
 
 
-def _attempt(
-    network: nn.Module,
-    split: Split,
-    settings: RetrainSettings,
-    seed: int,
-    teacher: nn.Module | None,
-    progress: Callable[[int], None] | None,
-) -> list[float]:
-    """Train until done or until a loss is not finite (which is then the last in the list)."""
-    generator = torch.Generator().manual_seed(seed)
+def _result(done: _Attempt, spent: int, rate: float) -> RetrainResult:
+    tail = done.losses[-max(1, len(done.losses) // 10) :]
+    return RetrainResult(
+        updates=spent,
+        loss=sum(tail) / len(tail),
+        learning_rate=rate,
+        best_update=done.best.update if done.best else len(done.losses),
+        best_accuracy=done.best.score.accuracy if done.best else math.nan,
+        stopped_early=done.stopped_early,
+        state=done.state,
+    )
+
+
+def _attempt(job: _Job, settings: RetrainSettings) -> _Attempt:
+    """Train until done, until patience ends or until something is not finite."""
+    network = job.network
+    generator = torch.Generator().manual_seed(job.seed)
     optimizer = _optimizer(network, settings)
+    if job.state is not None:
+        restore(optimizer, network, job.state)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(settings, step))
     network.train()
     losses: list[float] = []
-    for step, (images, labels) in enumerate(_endless(split, settings, generator)):
-        if step == settings.updates:
+    best: _Best | None = None
+    waited, diverged, stopped = 0, False, False
+    for update, batch in zip(range(1, settings.updates + 1), _endless(job.split, settings, generator), strict=False):
+        losses.append(_update(job, settings, batch, optimizer, generator))
+        diverged = not math.isfinite(losses[-1])
+        if diverged:
             break
-        images = augment(images, settings, generator)
-        device = images.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            loss = _loss(network, images, labels, settings, teacher)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
+        scheduler.step()
+        if job.progress:
+            job.progress(update)
+        if not _is_check(settings, update):
+            continue
+        score = _check(job, settings)
+        diverged = not math.isfinite(score.loss)
+        if diverged:
             break
+        if best is None or (score.accuracy, -score.loss) > (best.score.accuracy, -best.score.loss):
+            best, waited = (
+                _Best(update, score, copy.deepcopy(network.state_dict()), _state(job, settings, optimizer)),
+                0,
+            )
+        else:
+            waited += 1
+            stopped = waited == settings.patience and update < settings.updates
+        if stopped:
+            break
+    optimizer.zero_grad(set_to_none=True)
+    network.eval()
+    # the last step has no later loss that would show what it did
+    if diverged or not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
+        return _Attempt(losses, diverged=True)
+    if best is None:
+        return _Attempt(losses, diverged=False, state=_state(job, settings, optimizer))
+    network.load_state_dict(best.weights)
+    return _Attempt(losses, diverged=False, stopped_early=stopped, best=best, state=best.state)
+
+
+def _update(
+    job: _Job, settings: RetrainSettings, batch: Batch, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> float:
+    """Take one step and return its loss; no step where the loss is not finite."""
+    images = augment(batch.images, settings, generator)
+    if settings.channels_last and images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        loss = _loss(job.network, images, batch.labels, settings, job.teacher)
+    value = float(loss.detach())
+    if math.isfinite(value):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.clip_norm:
-            nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+            nn.utils.clip_grad_norm_(job.network.parameters(), settings.clip_norm)
         optimizer.step()
-        scheduler.step()
-        if progress:
-            progress(step + 1)
-    network.eval()
-    return losses
+    return value
+
+
+def _is_check(settings: RetrainSettings, update: int) -> bool:
+    return settings.check_every > 0 and (update % settings.check_every == 0 or update == settings.updates)
+
+
+def _check(job: _Job, settings: RetrainSettings) -> Score:
+    """Score the network as it will be used, in full precision; the training's random numbers are not touched."""
+    assert job.selection is not None  # checked by `retrain`
+    with torch.random.fork_rng():
+        return evaluate(job.network, job.selection.batches(settings.batch_size), job.metric)
+
+
+def _state(job: _Job, settings: RetrainSettings, optimizer: torch.optim.Optimizer) -> OptimizerState | None:
+    return capture(optimizer, job.network) if settings.carry_state else None
+
+
+@contextmanager
+def _channels_last(network: nn.Module) -> Iterator[None]:
+    """Lay 4-D parameters and buffers out channels last; on leaving they are contiguous as before."""
+    tensors = (*network.parameters(), *network.buffers())
+    laid_out = [tensor for tensor in tensors if tensor.dim() == 4 and tensor.is_contiguous()]
+    for tensor in laid_out:
+        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for tensor in laid_out:
+            # a clone, for strides of their own: `contiguous` would leave those of a 1x1 kernel as they are
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def _loss(

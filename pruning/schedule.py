@@ -43,9 +43,13 @@ class Schedule:
     Attributes:
         rounds: First to last; each keeps a subset of the one before.
         repair: How cuts are repaired.
-        retraining: How the network is trained after a cut; `updates` is taken from each round.
+        retraining: How the network is trained after a cut; `updates` is taken from each round, `epochs` must be 0.
+            With `carry_state` the optimizer's momentum goes through the cuts from round to round.
         seed: Root of the training's random numbers.
         made_by: Who made it, e.g. "agent" or "network_trimming".
+
+    Raises:
+        UserError: `retraining` counts epochs.
     """
 
     rounds: tuple[Round, ...]
@@ -53,6 +57,14 @@ class Schedule:
     retraining: RetrainSettings = field(default_factory=RetrainSettings)
     seed: int = 0
     made_by: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse epochs: rounds count updates."""
+        if self.retraining.epochs:
+            raise UserError(
+                "the rounds of a schedule count updates, so its retraining must have epochs 0, but got "
+                f"{self.retraining.epochs:g}; call retraining.resolved(examples) and give its updates to the rounds"
+            )
 
     @property
     def plan(self) -> PruningPlan:
@@ -136,7 +148,7 @@ class BuiltRound:
         after_trim: Score on the reward images after cut and repair.
         after_retraining: Score after the round's training (the same where there was none).
         cost: Cost after the cut.
-        retrain_updates: Optimizer steps.
+        retrain_updates: Optimizer steps asked for; patience may have ended them early.
     """
 
     widths: dict[str, int]

@@ -1,30 +1,24 @@
 """Everything the criteria, the repair and the agent want to know of a network, in one pass over the data.
 
 Per channel group: APoZ, mean activation, Taylor 2017 and 2019, weight norms. Per layer that reads channels: the
-mean and second moment (Gram matrix) of its input. Memory: one batch of activations, plus F x F float64 numbers
-per reading layer with F Gram features (see `ConsumerStatistics`), F <= `GRAM_LIMIT` for flattened inputs.
+mean and second moment (Gram matrix) of its input. Memory: one batch of activations, and the Gram matrices (`moments`).
 """
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import UserError
-from .groups import ActivationSite, ChannelGroup, Consumer
+from .groups import ActivationSite, ChannelGroup
+from .layers import FloatArray, output_dim
+from .moments import POSITIONS, ConsumerStatistics, MomentSums, feature_count
 from .tracing import ActivationMode, evaluation_mode, hooked
-
-FloatArray = NDArray[np.float64]
-
-GRAM_LIMIT = 4096
-"""Most input features for which a linear layer behind a flatten gets a Gram over channel × position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,29 +47,6 @@ class GroupStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class ConsumerStatistics:
-    """First and second moment of the input of one layer that reads channels.
-
-    A *feature* is an input channel of a convolution (all positions and kernel taps share it), an input feature of
-    a linear layer, or, behind a flatten of more than `GRAM_LIMIT` features, a channel shared by its positions.
-
-    Attributes:
-        mean: (F,) E[x].
-        second_moment: (F, F) E[x xᵀ], not centred.
-        rows: Number of examples × positions seen.
-    """
-
-    mean: FloatArray
-    second_moment: FloatArray
-    rows: int
-
-    @cached_property
-    def covariance(self) -> FloatArray:
-        """(F, F) E[x xᵀ] − E[x] E[x]ᵀ."""
-        return self.second_moment - np.outer(self.mean, self.mean)
-
-
-@dataclass(frozen=True, eq=False)
 class Statistics:
     """What `measure` returns.
 
@@ -99,6 +70,7 @@ def measure(
     *,
     gradients: bool = True,
     grams: bool = True,
+    positions: int = POSITIONS,
 ) -> Statistics:
     """Measure a network in evaluation mode over labelled batches, once through.
 
@@ -108,16 +80,21 @@ def measure(
         batches: Pairs of inputs (N, …) and class indices (N,). The loss of the Taylor criteria is the cross-entropy.
         gradients: Whether to run the backward pass that Taylor needs.
         grams: Whether to gather the second moments that least squares needs.
+        positions: Positions of an example that enter the second moments; all where there are fewer.
 
     Raises:
         UserError: No batch came, or the network's output is not finite.
     """
     places = sorted({_place(site) for group in groups for site in group.sites}, key=str)
-    watch = {place: _SiteSums(place[2]) for place in places}
+    rectified = {_place(site) for group in groups for site in group.sites if site.rectified}
+    watch = {place: _SiteSums(place[2], place in rectified) for place in places}
     by_call = {place[0]: place for place in places if place[0] is not None}
-    consumers = {c.module: _shared_features(network, c) for group in groups for c in group.consumers}
     modules = dict(network.named_modules(remove_duplicate=False))
-    grams_of = {name: _GramSums(modules[name], positions) for name, positions in consumers.items()} if grams else {}
+    readers = {c.module: c for group in groups for c in group.consumers} if grams else {}
+    grams_of = {
+        name: MomentSums(modules[name], feature_count(modules[name], consumer), positions)
+        for name, consumer in readers.items()
+    }
     handles = [modules[name].register_forward_pre_hook(sums.hook) for name, sums in grams_of.items()]
     for place in places:
         if place[0] is None:
@@ -151,7 +128,7 @@ def measure(
             examples += len(inputs)
     if not examples:
         raise UserError("statistics need at least one batch of data, but none came")
-    norms = _weight_norms(network, groups)
+    norms = weight_norms(network, groups)
     return Statistics(
         groups={group.name: _collect(group, watch, norms[group.name], examples, gradients) for group in groups},
         consumers={name: sums.result() for name, sums in grams_of.items()},
@@ -172,6 +149,7 @@ class _SiteSums:
     """Sums over examples at one observed tensor, per slot of its channel dimension."""
 
     dim: int
+    rectified: bool
     zeros: Any = 0.0
     activation: Any = 0.0
     taylor_2017: Any = 0.0
@@ -185,8 +163,11 @@ class _SiteSums:
     def see(self, output: Tensor) -> None:
         values = self._slots(output.detach())  # -> (N, slots, positions)
         self.positions = values.shape[2]
-        self.zeros = self.zeros + (values == 0).sum((0, 2)).double()
-        self.activation = self.activation + values.sum(2).double().sum(0)
+        exact = torch.promote_types(values.dtype, torch.float32)
+        if self.rectified:  # nothing is negative: the signs count what is not zero, faster than a comparison would
+            active = values.sign().sum(2, dtype=exact).double()  # (N, slots), whole numbers
+            self.zeros = self.zeros + (self.positions - active).sum(0)
+        self.activation = self.activation + values.sum(2, dtype=exact).double().sum(0)
         if output.requires_grad:
             version = output._version
 
@@ -210,46 +191,8 @@ class _SiteSums:
         return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).transpose(1, 2)
 
 
-class _GramSums:
-    """Sums of x and x xᵀ at the input of one layer."""
-
-    def __init__(self, layer: nn.Module, positions: int) -> None:
-        self.layer: Any = layer
-        self.positions = positions  # features that share one Gram feature (linear layers only)
-        self.mean: Any = 0.0
-        self.moment: Any = 0.0
-        self.rows = 0
-
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = self._rows(inputs[0].detach())  # -> (examples × positions, features)
-        self.rows += len(rows)
-        self.mean = self.mean + rows.sum(0, dtype=torch.float64)
-        self.moment = self.moment + (rows.T @ rows).double()
-
-    def _rows(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.Linear):
-            x = x.reshape(-1, x.shape[-1])
-            if self.positions > 1:  # (N, C·P) -> (N, P, C)
-                x = x.reshape(len(x), -1, self.positions).transpose(1, 2)
-            return x.reshape(-1, x.shape[-1])
-        if all(extent == 1 for extent in self.layer.kernel_size) and not self.layer.transposed:
-            x = x[
-                (slice(None), slice(None), *(slice(None, None, step) for step in self.layer.stride))
-            ]  # only positions it reads
-        return x.transpose(0, 1).flatten(1).T  # (N, C, …) -> (N·…, C)
-
-    def result(self) -> ConsumerStatistics:
-        rows = max(self.rows, 1)
-        return ConsumerStatistics((self.mean / rows).cpu().numpy(), (self.moment / rows).cpu().numpy(), self.rows)
-
-
-def _shared_features(network: nn.Module, consumer: Consumer) -> int:
-    """Return how many input features share one Gram feature: 1 unless the Gram would be too large."""
-    layer: Any = network.get_submodule(consumer.module)
-    return consumer.positions if isinstance(layer, nn.Linear) and layer.in_features > GRAM_LIMIT else 1
-
-
-def _weight_norms(network: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[FloatArray, FloatArray]]:
+def weight_norms(network: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Return, by group, the l1 and l2 of `GroupStatistics`, each (width,); no data is needed."""
     tensors = dict(network.named_parameters(remove_duplicate=False))
     result = {}
     for group in groups:
@@ -257,18 +200,16 @@ def _weight_norms(network: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
         names = {f"{producer}.weight" for producer in group.producers}
         consumed = {f"{consumer.module}.weight" for consumer in group.consumers}
         for piece in group.slices:
-            inward = piece.tensor in consumed and piece.dim == _input_dim(network, piece.tensor)
+            layer = network.get_submodule(piece.tensor.rpartition(".")[0])
+            inward = piece.tensor in consumed and piece.dim == 1 - output_dim(layer)
             if piece.tensor not in names or inward:
                 continue
-            weight = tensors[piece.tensor].detach().double().transpose(0, piece.dim).flatten(1)  # -> (channels, …)
-            np.add.at(absolute, piece.channel, weight.abs().sum(1).cpu().numpy()[piece.index])
-            np.add.at(square, piece.channel, weight.square().sum(1).cpu().numpy()[piece.index])
+            weight = tensors[piece.tensor].detach().transpose(0, piece.dim).flatten(1)  # -> (channels, …)
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            np.add.at(absolute, piece.channel, weight.abs().sum(1, dtype=exact).double().cpu().numpy()[piece.index])
+            np.add.at(square, piece.channel, weight.square().sum(1, dtype=exact).double().cpu().numpy()[piece.index])
         result[group.name] = (absolute, np.sqrt(square))
     return result
-
-
-def _input_dim(network: nn.Module, tensor: str) -> int:
-    return 0 if getattr(network.get_submodule(tensor.rpartition(".")[0]), "transposed", False) else 1
 
 
 def _collect(

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import UserError
 from .groups import ChannelGroup, IndexArray
 from .plan import PruningPlan
-from .tracing import evaluation_mode
+from .tracing import evaluation_mode, tensors_in
 
 
 class SurgeryError(RuntimeError):
@@ -198,14 +198,15 @@ def verify_cut(
     exact = torch.backends.cudnn.flags(allow_tf32=False)
     with evaluation_mode(masked), evaluation_mode(smaller), torch.no_grad(), exact:
         with norms:
-            expected = masked(inputs.clone())
+            expected = list(tensors_in(masked(inputs.clone())))
         try:
-            got = smaller(inputs.clone())
+            got = list(tensors_in(smaller(inputs.clone())))
         except RuntimeError as error:
             raise SurgeryError(f"the cut network does not run: {error}") from error
-    limit = tolerance or (1e-10 if expected.dtype == torch.float64 else 1e-5)
-    scale = max(float(expected.abs().max()), 1e-12)
-    difference = float((expected - got).abs().max()) / scale if expected.shape == got.shape else float("inf")
+    if not expected:
+        raise UserError("a network must return a tensor, or tuples, lists or dicts of tensors, but none was found")
+    limit = tolerance or (1e-10 if expected[0].dtype == torch.float64 else 1e-5)
+    difference = max(_difference(one, other) for one, other in zip(expected, got, strict=True))
     if not difference <= limit:
         layer = _first_difference(masked, smaller, groups, plan, inputs, limit, norms)
         raise SurgeryError(
@@ -213,6 +214,15 @@ def verify_cut(
             f"but differs by {difference:.3g}, first at {layer!r}"
         )
     return difference
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """Return the largest difference relative to the largest magnitude; infinity for another shape."""
+    if expected.shape != got.shape or not torch.isfinite(got).all():
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    return float((expected - got).abs().max()) / max(float(expected.abs().max()), 1e-12)
 
 
 class _KeptLayerNorm(TorchFunctionMode):

@@ -37,6 +37,10 @@ SMOOTH = {F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu, F.leaky_relu, F.sel
 SMOOTH |= {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, Tensor.tanh, Tensor.sigmoid, F.hardtanh}
 
 
+PRODUCTS = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
+PRODUCTS |= {F.scaled_dot_product_attention}
+
+
 @dataclass(frozen=True)
 class ActivationCall:
     """One call of an activation function in a forward pass.
@@ -62,6 +66,8 @@ class Trace:
         order: Position of each leaf layer in the order of its first execution.
         calls: Activation calls in order.
         norm_after: Layer -> batch norm that takes its output directly, where nothing else does.
+        beyond_graph: Whether plain functions multiply activations with each other as matrices (attention), or take
+            them apart to six dimensions (windows): a dependency graph's lists of indices multiply at each reshape.
         widths: Leaf layer -> size of its output's channel dimension (last for linear layers, else dimension 1).
     """
 
@@ -69,6 +75,7 @@ class Trace:
     calls: list[ActivationCall] = field(default_factory=list)
     norm_after: dict[str, str] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    beyond_graph: bool = False
 
 
 class ActivationMode(TorchFunctionMode):
@@ -98,6 +105,19 @@ class ActivationMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._observe(self._ordinal, rectified, seen, result)
         self._ordinal += 1
+        return result
+
+
+class _ProductMode(TorchFunctionMode):
+    """Notes whether two activations are multiplied as matrices, or one has as many dimensions as windows need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen = self.seen or func in PRODUCTS or (isinstance(result, Tensor) and result.dim() > 5)
         return result
 
 
@@ -180,23 +200,33 @@ def trace_forward(network: nn.Module, example_input: Tensor) -> Trace:
     handles = [module.register_forward_hook(after(name)) for name, module in leaves]
     with evaluation_mode(network), hooked(handles), torch.enable_grad():
         try:
-            with ActivationMode(observe, before=lambda subject: subject.grad_fn):
+            products = _ProductMode()
+            with ActivationMode(observe, before=lambda subject: subject.grad_fn), products:
                 result = network(example_input)
         except Exception as error:
             raise UserError(
                 f"the network must accept an input of shape {tuple(example_input.shape)}, "
                 f"but its forward pass failed: {type(error).__name__}: {error}"
             ) from error
+    trace.beyond_graph = products.seen
     users = _users(result)
     node_of = {name: node for node, name in producer_of.items()}
     trace.norm_after = {name: norm for name, norm in trace.norm_after.items() if users.get(node_of.get(name), 0) <= 1}
     return trace
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a network's output, or in arguments: in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
 def _users(result: Any) -> Counter[Any]:
     """Count, per autograd node behind a network's output, how many operations take its result."""
-    outputs = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else [result]
-    queue = [output.grad_fn for output in outputs if isinstance(output, Tensor) and output.grad_fn is not None]
+    queue = [output.grad_fn for output in tensors_in(result) if output.grad_fn is not None]
     seen, users = set(queue), Counter[Any]()
     while queue:
         for following, _ in queue.pop().next_functions:

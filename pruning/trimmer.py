@@ -25,12 +25,14 @@ from .evaluation import Score, evaluate
 from .grouping import find_groups
 from .groups import ChannelGroup, shrink_groups
 from .least_squares import residual_when
+from .optimizer_state import OptimizerState, slice_state
 from .plan import PruningPlan
 from .recalibration import recalibrate
 from .retraining import RetrainResult, RetrainSettings, retrain
 from .statistics import Statistics, measure
 from .surgery import apply_plan
 from .task import PruningTask
+from .widths import GroupSettings
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Subject:
         plan: How it came from the pristine network, in the pristine numbering.
         criterion: Name of the criterion that ranks its channels.
         seed: Of a criterion that draws random numbers.
+        state: What the optimizer of the last training remembers of it, or None.
     """
 
     network: nn.Module
@@ -87,8 +90,9 @@ class Subject:
     plan: PruningPlan
     criterion: str
     seed: int = 0
+    state: OptimizerState | None = None
 
-    @property
+    @cached_property
     def context(self) -> RankingContext:
         """What a criterion may look at."""
         return RankingContext(self.network, self.statistics, self.seed)
@@ -103,8 +107,11 @@ class Subject:
         """Group name -> (3,) least-squares residual when 75, 50 and 25 % stay by `orders`; when first needed."""
         result = {}
         for group in self.groups:
-            problems, order = self.context.problems(group), self.orders[group.name]
             counts = [max(1, round(share * group.width)) for share in (0.75, 0.5, 0.25)]
+            if self.criterion == "least_squares":  # its choice tells the residual of every width
+                result[group.name] = self.context.greedy_choice(group).residual[counts]
+                continue
+            problems, order = self.context.problems(group), self.orders[group.name]
             result[group.name] = np.array([residual_when(problems, order[:count]) for count in counts])
         return result
 
@@ -119,6 +126,8 @@ class Trimmed:
         score: On the reward split.
         cost: Parameters and MACs.
         retraining: What training did, or None.
+        state: Where the optimizer of the next training goes on: what the last one left, or what was left before the
+            cut, sliced with it. None = at rest.
     """
 
     network: nn.Module
@@ -126,6 +135,7 @@ class Trimmed:
     score: Score
     cost: Cost
     retraining: RetrainResult | None = None
+    state: OptimizerState | None = None
 
 
 class Trimmer:
@@ -137,27 +147,36 @@ class Trimmer:
     Args:
         task: What is pruned.
         settings: How cuts are chosen, repaired and scored.
+        group_settings: Which groups may be cut, and to which widths. Plans may only name these groups; the widths are
+            kept by whoever makes a plan, not demanded of a plan that is given.
     """
 
-    def __init__(self, task: PruningTask, settings: RepairSettings | None = None) -> None:
+    def __init__(
+        self,
+        task: PruningTask,
+        settings: RepairSettings | None = None,
+        group_settings: GroupSettings | None = None,
+    ) -> None:
         self.task = task
         self.settings = settings or RepairSettings()
+        self.group_settings = group_settings or GroupSettings()
 
     def with_settings(self, settings: RepairSettings) -> "Trimmer":
         """Return a trimmer of the same task with other settings; the groups are not searched for again."""
-        other = Trimmer(self.task, settings)
+        other = Trimmer(self.task, settings, self.group_settings)
         other.groups, other.cost_model = self.groups, self.cost_model
         return other
 
     @cached_property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """Channel groups of the pristine network."""
-        return find_groups(self.task.network, self.task.example)
+        """Channel groups of the pristine network that may be cut."""
+        chosen = self.group_settings
+        return find_groups(self.task.network, self.task.example, include=chosen.include, ignore=chosen.ignore)
 
     @cached_property
     def cost_model(self) -> CostModel:
         """Predicts the cost of any plan for the pristine network."""
-        return CostModel(self.task.network, self.groups, self.task.example)
+        return CostModel(self.task.network, self.groups, self.task.example, self.group_settings)
 
     @cached_property
     def calibration(self) -> Split:
@@ -200,7 +219,8 @@ class Trimmer:
 
     def examine_trimmed(self, trimmed: Trimmed) -> Subject:
         """Measure what an earlier trim left, for another round; no graph is traced again."""
-        return self.examine(trimmed.network, shrink_groups(self.groups, trimmed.plan), trimmed.plan)
+        subject = self.examine(trimmed.network, shrink_groups(self.groups, trimmed.plan), trimmed.plan)
+        return replace(subject, state=trimmed.state)
 
     def plan(self, counts: Sequence[int] | np.ndarray, subject: Subject | None = None) -> PruningPlan:
         """Return the plan that keeps the `counts` (groups,) most important channels, in `subject`'s numbering."""
@@ -237,9 +257,13 @@ class Trimmer:
         network = apply_plan(subject.network, subject.groups, plan, verify=inputs)
         compensate(network, subject.network, subject.groups, plan, subject.statistics, self.settings.compensation)
         self.recalibrate(network)
+        state = subject.state
+        if state is not None:
+            state = slice_state(state, subject.groups, plan, subject.network)
         done = None
-        if retraining is not None and retraining.updates:
-            done = self._retrain(network, retraining, seed, progress)
+        if retraining is not None and (retraining.updates or retraining.epochs):
+            done = self._retrain(network, retraining, seed, state, progress)
+            state = done.state
         network.eval()
         return Trimmed(
             network=network,
@@ -247,6 +271,7 @@ class Trimmer:
             score=self.score(network),
             cost=count_cost(network, self.task.example),
             retraining=done,
+            state=state,
         )
 
     def retrain(
@@ -257,15 +282,30 @@ class Trimmer:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> Trimmed:
-        """Train what a trim left, in place, and score it again."""
-        done = self._retrain(trimmed.network, settings, seed, progress)
-        return replace(trimmed, score=self.score(trimmed.network), retraining=done)
+        """Train what a trim left, in place and from the optimizer state it holds, and score it again."""
+        done = self._retrain(trimmed.network, settings, seed, trimmed.state, progress)
+        state = done.state if done.updates else trimmed.state
+        return replace(trimmed, score=self.score(trimmed.network), retraining=done, state=state)
 
     def _retrain(
-        self, network: nn.Module, settings: RetrainSettings, seed: int, progress: Callable[[int], None] | None
+        self,
+        network: nn.Module,
+        settings: RetrainSettings,
+        seed: int,
+        state: OptimizerState | None,
+        progress: Callable[[int], None] | None,
     ) -> RetrainResult:
-        teacher = self.task.network if settings.distillation else None
-        return retrain(network, self.task.train, settings, seed=seed, teacher=teacher, progress=progress)
+        return retrain(
+            network,
+            self.task.train,
+            settings,
+            seed=seed,
+            teacher=self.task.network if settings.distillation else None,
+            selection=self.task.selection,
+            metric=self.task.metric,
+            state=state,
+            progress=progress,
+        )
 
     def recalibrate(self, network: nn.Module) -> None:
         """Re-estimate the batch norms of `network` in place, if it has any and the settings ask for it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import prunegym.pruning.least_squares
-import prunegym.pruning.statistics
+import prunegym.pruning.moments
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ DOUBLE = torch.float64
 def repaired(network: Any, plan: Any, method: str, x: Tensor) -> Any:
     groups = find_groups(network, x[:1])
     labels = torch.zeros(len(x), dtype=torch.int64)
-    statistics = measure(network, groups, zip(x.split(16), labels.split(16), strict=True))
+    statistics = measure(network, groups, zip(x.split(16), labels.split(16), strict=True), positions=100)
     smaller = apply_plan(network, groups, PruningPlan(plan))
     compensate(smaller, network, groups, PruningPlan(plan), statistics, method)
     return smaller
@@ -73,8 +73,50 @@ def channel_fit(maps: Tensor, kept: list[int], gone: list[int], constant: bool =
     return np.linalg.lstsq(rows[:, kept], rows[:, gone], rcond=None)[0], np.zeros(len(gone))
 
 
-def test_convolution_reads_the_fitted_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+def fitted_convolution(layer: Any, maps: Tensor, kept: list[int]) -> Tensor:
+    """Regress a convolution's output on the kept channels of every tap, and a constant, by numpy; (N, out, P)."""
+    read = F.unfold(maps, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # (N, C·taps, P)
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    rows = read.unflatten(1, (-1, taps))[:, kept].flatten(1, 2).transpose(1, 2).flatten(0, 1).numpy()
+    target = layer(maps).detach().flatten(2).transpose(1, 2)
+    slope, intercept = affine_fit(rows, target.flatten(0, 1).numpy())
+    return torch.from_numpy(rows @ slope + intercept).reshape(target.shape).transpose(1, 2)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_convolution_is_the_best_fit_of_its_own_output(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
     without_ridge(monkeypatch)
+    network = make(ToyConv, 1, DOUBLE)
+    network.conv2.padding = (padding, padding)
+    network.fc1 = nn.Linear(6 * (2 + 2 * padding) ** 2, 8).double()
+    x = images(network.shape, 32, dtype=DOUBLE)
+    smaller = repaired(network, {"conv1": [1, 3]}, "least_squares", x)
+    maps = F.max_pool2d(F.relu(network.conv1(x)), 2).detach()
+    fitted = fitted_convolution(network.conv2, maps, [1, 3])
+    torch.testing.assert_close(smaller.conv2(maps[:, [1, 3]]).detach().flatten(2), fitted, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("padding", [0, 1])  # at the border the taps read zeros: the fit knows
+def test_batch_norm_takes_the_constant_of_a_layer_without_bias(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    network = make(ToyResidual, 2, DOUBLE)
+    network.conv2.padding = (padding, padding)
+    network.conv1.padding = (2 - padding, 2 - padding)
+    x = images(network.shape, 32, dtype=DOUBLE)
+    smaller = repaired(network, {"conv1": [0, 2, 3]}, "least_squares", x)
+    maps = F.relu(network.bn1(network.conv1(F.relu(network.stem_bn(network.stem(x)))))).detach()
+    fitted = fitted_convolution(network.conv2, maps, [0, 2, 3])
+    expected = network.bn2(fitted.unflatten(2, (6, 6)))
+    got = smaller.bn2(smaller.conv2(maps[:, [0, 2, 3]]))
+    torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-7)
+    assert smaller.conv2.bias is None
+    assert not torch.equal(smaller.bn2.running_mean, network.bn2.running_mean)
+    assert torch.equal(smaller.bn2.running_var, network.bn2.running_var)
+
+
+def test_taps_share_one_fit_where_a_convolution_has_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ridge(monkeypatch)
+    monkeypatch.setattr(prunegym.pruning.moments, "PATCH_LIMIT", 10)
     network = make(ToyConv, 1, DOUBLE)
     x = images(network.shape, 32, dtype=DOUBLE)
     smaller = repaired(network, {"conv1": [1, 3]}, "least_squares", x)
@@ -84,25 +126,6 @@ def test_convolution_reads_the_fitted_maps(monkeypatch: pytest.MonkeyPatch) -> N
     stand_in[:, [0, 2]] = torch.einsum("nkhw,ks->nshw", maps[:, [1, 3]], torch.from_numpy(slope))
     stand_in[:, [0, 2]] += torch.from_numpy(intercept)[:, None, None]
     torch.testing.assert_close(smaller.conv2(maps[:, [1, 3]]), network.conv2(stand_in), atol=1e-8, rtol=1e-8)
-
-
-def test_batch_norm_takes_the_constant_of_a_layer_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ridge(monkeypatch)
-    network = make(ToyResidual, 2, DOUBLE)
-    network.conv2.padding = (0, 0)  # padding would see zeros instead of the constant at the border
-    network.conv1.padding = (2, 2)
-    x = images(network.shape, 32, dtype=DOUBLE)
-    smaller = repaired(network, {"conv1": [0, 2, 3]}, "least_squares", x)
-    maps = F.relu(network.bn1(network.conv1(F.relu(network.stem_bn(network.stem(x)))))).detach()
-    slope, intercept = channel_fit(maps, [0, 2, 3], [1, 4])
-    stand_in = maps.clone()
-    stand_in[:, [1, 4]] = torch.einsum("nkhw,ks->nshw", maps[:, [0, 2, 3]], torch.from_numpy(slope))
-    stand_in[:, [1, 4]] += torch.from_numpy(intercept)[:, None, None]
-    expected = network.bn2(network.conv2(stand_in))
-    torch.testing.assert_close(smaller.bn2(smaller.conv2(maps[:, [0, 2, 3]])), expected, atol=1e-8, rtol=1e-8)
-    assert smaller.conv2.bias is None
-    assert not torch.equal(smaller.bn2.running_mean, network.bn2.running_mean)
-    assert torch.equal(smaller.bn2.running_var, network.bn2.running_var)
 
 
 def test_layer_that_cannot_hold_a_constant_gets_the_best_fit_through_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +140,7 @@ def test_layer_that_cannot_hold_a_constant_gets_the_best_fit_through_zero(monkey
 
 def test_wide_flatten_mixes_channels_not_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ridge(monkeypatch)
-    monkeypatch.setattr(prunegym.pruning.statistics, "GRAM_LIMIT", 10)
+    monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)
     network = make(ToyConv, 0, DOUBLE)
     x = images(network.shape, 40, dtype=DOUBLE)
     smaller = repaired(network, {"conv2": [0, 2, 5]}, "least_squares", x)
@@ -221,34 +244,42 @@ def test_least_squares_merges_a_duplicate(toy: Callable[[], Any], monkeypatch: p
     assert (repaired(network, plan, "least_squares", x)(x) - expected).abs().max().item() < 1e-7 * max(1, deleted)
 
 
-def linear_error(network: Any, plan: dict[str, list[int]], method: str, x: Tensor, reader: str) -> float:
-    """Mean squared change of one linear reader's output when only its own input was cut."""
+def output_error(network: Any, plan: dict[str, list[int]], method: str, x: Tensor, where: str) -> float:
+    """Mean squared change of a reader's output (or its batch norm's) when nothing before it changed."""
     outputs = []
     for net in (network, repaired(network, plan, method, x)):
-        handle = net.get_submodule(reader).register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
+        handle = net.get_submodule(where).register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
         net(x)
         handle.remove()
     return float((outputs[0] - outputs[1]).square().mean())
 
 
+READERS = [
+    (ToyMLP, "fc1", "fc2"),
+    (ToyMLP, "fc2", "fc3"),
+    (ToyConv, "conv1", "conv2"),  # 3 x 3
+    (ToyConv, "conv2", "fc1"),  # behind a flatten
+    (ToyConv, "fc1", "fc2"),
+    (ToyResidual, "stem", "bn1"),  # 3 x 3, padded, the constant goes to the batch norm
+    (ToyResidual, "conv1", "bn2"),
+    (ToyResidual, "down", "fc"),
+]
+
+
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(
-    ("toy", "group", "reader"),
-    [(ToyMLP, "fc1", "fc2"), (ToyMLP, "fc2", "fc3"), (ToyConv, "conv2", "fc1"), (ToyConv, "fc1", "fc2")],
-)
-def test_better_methods_lose_less_on_the_calibration_data(
-    toy: Callable[[], Any], group: str, reader: str, seed: int
+@pytest.mark.parametrize(("toy", "group", "where"), READERS)
+def test_least_squares_is_never_worse_on_the_calibration_data(
+    toy: Callable[[], Any], group: str, where: str, seed: int
 ) -> None:
     network = make(toy, seed, DOUBLE)
     x = images(network.shape, 96, seed, DOUBLE)
     rng = np.random.default_rng(seed)
     plan = {group: sorted(rng.permutation(network.widths[group])[: network.widths[group] // 2].tolist())}
-    delete, fold, least = (
-        linear_error(network, plan, method, x, reader) for method in ("delete", "fold_mean", "least_squares")
-    )
-    assert least <= fold * (1 + 1e-9)
-    assert fold <= delete * (1 + 1e-9)
-    assert delete > 0
+    errors = {method: output_error(network, plan, method, x, where) for method in COMPENSATIONS}
+    assert errors["delete"] > 0
+    for method, error in errors.items():
+        assert errors["least_squares"] <= error * (1 + 1e-9), method
+    assert errors["fold_mean"] <= errors["delete"] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("method", ["fold_mean", "least_squares"])

@@ -1,5 +1,6 @@
 """Costs against hand counts, and budgets that hold by construction."""
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from prunegym.pruning.errors import UserError
 from prunegym.pruning.grouping import find_groups
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.surgery import apply_plan
+from prunegym.pruning.widths import GroupSettings
 from torch import nn
 from toys import TOYS, ToyConv, ToyMLP, images, make, random_plan
 
@@ -245,3 +247,103 @@ def test_refusals(lenet: Any) -> None:
     for budget in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"budget must be in \(0, 1\], but got budget="):
             model.check_budget(budget, "macs")
+
+
+# ---- not every width allowed -----------------------------------------------------------------------------------------
+def limited(kind: str, multiple: int, minimum: int) -> CostModel:
+    network, shape = {
+        "lenet": (build_network("lenet5_caffe", seed=0), (1, 28, 28)),
+        "resnet": (build_network("cifar_resnet20", seed=0), (3, 32, 32)),
+        "conv": (make(ToyConv), ToyConv.shape),
+    }[kind]
+    example = images(shape, 1)
+    settings = GroupSettings(channel_multiple=multiple, minimum_width=minimum)
+    return CostModel(network, find_groups(network, example), example, settings)
+
+
+def widths_allowed(model: CostModel, multiple: int, minimum: int, present: Any = None) -> list[list[int]]:
+    """List each group's allowed widths by the definition: multiples, and what is there."""
+    present = model.widths if present is None else present
+    return [
+        [c for c in range(1, there + 1) if c == there or (c % multiple == 0 and c >= minimum)]
+        for there in present.tolist()
+    ]
+
+
+@pytest.mark.parametrize(("multiple", "minimum"), [(1, 4), (2, 1), (3, 5), (8, 1), (16, 20)])
+@pytest.mark.parametrize("kind", ["lenet", "resnet", "conv"])
+def test_budgets_hold_in_allowed_widths(kind: str, multiple: int, minimum: int) -> None:
+    model = limited(kind, multiple, minimum)
+    whole = widths_allowed(model, multiple, minimum)
+    least = np.array([known[0] for known in whole])
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        unit = ("macs", "params")[trial % 2]
+        assert model.smallest_share(unit) == model.share(least, unit)
+        present = np.array([rng.choice(known) for known in whole]) if trial % 3 == 0 else model.widths
+        known = widths_allowed(model, multiple, minimum, present)
+        budget = float(rng.uniform(model.smallest_share(unit), 1))
+        scores = rng.normal(0, rng.choice([0.0, 0.3, 2.0, 20.0]), len(present))
+        counts = solve_counts(model, scores, budget, unit, widths=present)
+        limit = budget * model.full.of(unit) * (1 + 1e-9)
+        assert all(count in each for count, each in zip(counts, known, strict=True))
+        assert model.cost(counts).of(unit) <= limit
+        costs = []
+        for place, each in enumerate(known):
+            if counts[place] < present[place]:
+                wider = counts.copy()
+                wider[place] = each[each.index(counts[place]) + 1]
+                costs.append(model.cost(wider).of(unit))
+        assert not costs or max(costs) > limit
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 16])
+def test_equal_scores_against_brute_force(multiple: int) -> None:
+    """One share for all, each width rounded to the nearest allowed one; then the room that is left, once a group."""
+    model = limited("lenet", multiple, 1)
+    known = widths_allowed(model, multiple, 1)
+    breaks = sorted(
+        {n / width for width in model.widths.tolist() for n in range(width + 1)}
+    )  # where a whole channel comes
+
+    def nearest(share: float) -> list[int]:
+        wanted = np.floor(share * model.widths + 1e-9)
+        return [min(each, key=lambda c: (abs(c - want), c)) for each, want in zip(known, wanted, strict=True)]
+
+    tried = 0
+    for unit, budget in itertools.product(("macs", "params"), (0.08, 0.2, 0.5, 0.7, 0.9)):
+        if budget < model.smallest_share(unit):
+            continue
+        limit = next(share for share in breaks if model.share(np.array(nearest(share)), unit) > budget)
+        counts = nearest(limit - 1e-9)
+        missing = limit * model.widths - counts
+        steps = [each[min(each.index(c) + 1, len(each) - 1)] - c for each, c in zip(known, counts, strict=True)]
+        for place in sorted(range(3), key=lambda p: -missing[p] / max(steps[p], 1)):
+            wider = [count + steps[p] * (p == place) for p, count in enumerate(counts)]
+            held_up = missing[place] < -1e-3 and steps[place] > 1
+            if not held_up and model.share(np.array(wider), unit) <= budget:
+                counts = wider
+        assert solve_counts(model, np.zeros(3), budget, unit).tolist() == counts
+        tried += 1
+    assert tried >= 7
+
+
+def test_multiples_of_eight_by_hand() -> None:
+    model = limited("lenet", 8, 1)  # 20-50-500; 8 16 20 | 8 16 24 32 40 48 50 | 8 16 ... 496 500
+    least = 8 * 26 + 8 * (8 * 25 + 1) + 8 * (8 * 16 + 1) + 10 * 9
+    assert model.smallest_share("params") == least / 431_080
+    with pytest.raises(UserError, match="the narrowest allowed width per group already costs") as caught:
+        model.check_budget(0.005, "params")
+    assert "0.006816 of the params" in str(caught.value)  # 2938 of 431,080
+    assert str(caught.value).endswith("of the params, the smallest reachable budget with channel_multiple 8")
+    assert solve_counts(model, np.zeros(3), model.smallest_budget("params"), "params").tolist() == [8, 8, 8]
+    # up to a share of 0.74, where conv2's 37 channels would round to 40 (256,034 parameters are too many): 16-32-368 of
+    # 14.8-37-370 wanted, 205,722 parameters; the room of 9818 lets fc1 have 8 more for 523 each, conv1 is wide enough
+    assert solve_counts(model, np.zeros(3), 0.5, "params").tolist() == [16, 32, 376]
+
+
+def test_a_multiple_wider_than_every_group_leaves_everything_whole() -> None:
+    model = limited("conv", 16, 1)
+    assert solve_counts(model, np.zeros(3), 1.0, "macs").tolist() == [4, 6, 8]
+    with pytest.raises(UserError, match=r"already costs 1\.000000 of the macs, .* with channel_multiple 16"):
+        solve_counts(model, np.zeros(3), 0.99, "macs")

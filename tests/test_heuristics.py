@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from prunegym.envs.default_task import default_task
-from prunegym.pruning import PruningTask, RepairSettings, Trimmer, UserError, build, measure
+from prunegym.pruning import GroupSettings, PruningTask, RepairSettings, Trimmer, UserError, build, measure
 from prunegym.pruning.heuristics import NetworkTrimmingResult, NetworkTrimmingSettings, network_trimming, uniform
 from prunegym.pruning.retraining import RetrainSettings
 from torch import nn
@@ -296,3 +296,60 @@ def test_repair_settings_of_the_caller_do_not_choose_the_channels(task: PruningT
     assert plans[0] == plans[1]
     assert plans[0].repair.criterion == "apoz"
     assert plans[0].repair.compensation == "delete"
+
+
+# ---- not every width allowed -----------------------------------------------------------------------------------------
+EIGHTS = GroupSettings(channel_multiple=8)
+
+
+@pytest.fixture(scope="module")
+def eights(task: PruningTask) -> Trimmer:
+    return Trimmer(task, group_settings=EIGHTS)
+
+
+@pytest.mark.parametrize("budget", [0.15, 0.3, 0.77])
+def test_uniform_in_multiples_of_eight(budget: float, eights: Trimmer) -> None:
+    counts = uniform(eights, budget=budget, unit="params", retraining=NONE).plan.counts
+    assert all(count % 8 == 0 for count in counts.values())
+    assert share(counts, "params") <= budget
+    wider = [{**counts, name: counts[name] + 8} for name in WIDTHS if counts[name] < WIDTHS[name]]
+    assert any(share(more, "params") > budget for more in wider)
+
+
+def test_of_those_above_the_threshold_the_best_stay_up_to_the_next_multiple(eights: Trimmer) -> None:
+    settings = NetworkTrimmingSettings(sigmas=0.3, max_rounds=2, targets=("conv2", "fc1"))
+    made = network_trimming(eights, budget=0.15, retraining=NONE, settings=settings)
+    partly = 0
+    for name, apoz in apoz_of(eights, eights.task.network).items():
+        count = 8 * math.ceil((WIDTHS[name] - len(above(apoz, 0.3))) / 8) if name in settings.targets else 8
+        kept = apoz[list(made.schedule.rounds[0].plan[name])]
+        np.testing.assert_array_equal(np.sort(kept), np.sort(apoz)[:count])  # dead channels tie
+        partly += count < WIDTHS[name] and count > WIDTHS[name] - len(above(apoz, 0.3))
+    assert partly
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.7])
+def test_network_trimming_meets_the_budget_in_multiples(budget: float, unit: str, eights: Trimmer) -> None:
+    if budget < share({"conv1": 8, "conv2": 8, "fc1": 8}, unit):
+        with pytest.raises(UserError, match=r"narrowest allowed width per group already costs .* channel_multiple 8"):
+            network_trimming(eights, budget=budget, unit=unit, retraining=NONE)
+        return
+    made = network_trimming(
+        eights, budget=budget, unit=unit, retraining=NONE, settings=NetworkTrimmingSettings(max_rounds=3)
+    )
+    plans = [entry.plan for entry in made.schedule.rounds]
+    assert all(count % 8 == 0 for plan in plans for count in plan.counts.values())
+    assert share(plans[-1].counts, unit) <= budget
+    assert all(share(plan.counts, unit) > budget for plan in plans[:-1])
+    again = build(eights, made.schedule)
+    assert same_weights(again.network, made.network)
+    assert same_weights(build(Trimmer(eights.task), made.schedule).network, made.network)  # the plan decides
+
+
+def test_targets_that_do_not_suffice_in_multiples(eights: Trimmer) -> None:
+    least = share({**WIDTHS, "fc1": 8}, "params")
+    with pytest.raises(
+        UserError, match=rf"the narrowest allowed width in each still costs {least:.4f} of the params with channel_mul"
+    ):
+        network_trimming(eights, budget=0.2, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from prunegym.agent.cli import main
 from prunegym.agent.inspection import InspectSettings, inspect_network
-from prunegym.pruning import UserError, apply_plan, build_network, find_groups, survey_groups
+from prunegym.pruning import UserError, apply_plan, build_network, find_groups, solve_counts, survey_groups
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.torchvision_compat import torchvision
 
@@ -66,3 +66,58 @@ def test_hard_architectures_are_cut_exactly(name: str) -> None:
     for module in smaller.modules():
         if isinstance(module, torch.nn.Conv2d):
             assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+
+
+# ---- everything that is told -----------------------------------------------------------------------------------------
+def test_tied_layers_units_and_narrowest_widths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "cifar_resnet20", "--channel_multiple", "8", "--minimum_width", "20"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(" ") and line.split()}
+    assert [rows[name][1:3] for name in ("conv1", "layer2.0.conv1", "layer3.0.conv2")] == [
+        ["16", "16"], ["32", "24"], ["64", "24"],
+    ]  # fmt: skip
+    assert "tied: conv1, layer1.0.conv2, layer1.1.conv2, layer1.2.conv2" in lines
+    assert "tied: layer3.0.conv2, layer3.0.downsample.0, layer3.1.conv2, layer3.2.conv2" in lines
+    sizes = "channel_multiple 8, minimum_width 20"
+    stuck = [line for line in lines if line.startswith("left whole: ") and "narrower" in line]
+    assert stuck == [
+        f"left whole: {name} (16 channels): no narrower width is allowed with {sizes}"
+        for name in ("conv1", "layer1.0.conv1", "layer1.1.conv1", "layer1.2.conv1")
+    ]
+    assert any(line.endswith(f"to 1 are reachable with {sizes}") for line in lines)
+
+
+def test_layers_of_units_are_told_with_their_channels() -> None:
+    found = inspect_network(InspectSettings("resnext50_32x4d", image_size=32, channel_multiple=8))
+    assert "tied: layer1.0.conv1 (4 channels a unit), layer1.0.conv2 (4 channels a unit)" in found.tied()
+    assert found.model is not None
+    smallest = dict(zip(found.model.names, found.model.allowed.smallest(found.model.widths), strict=True))
+    assert [smallest[f"layer{stage}.0.conv1"] for stage in (1, 2, 3)] == [2, 1, 1]  # units of 4, 8 and 16
+
+
+def test_the_named_range_of_budgets_is_reachable() -> None:
+    found = inspect_network(InspectSettings("lenet5_caffe", ignore="conv2", channel_multiple=16))
+    assert found.model is not None
+    for line, unit in zip(found.budgets(), ("macs", "params"), strict=False):
+        least = float(line.split("from ")[1].split()[0])
+        assert line.endswith("to 1 are reachable with channel_multiple 16, ignore conv2")
+        assert solve_counts(found.model, [0.0, 0.0], least, unit).tolist() == [16, 16]
+        with pytest.raises(UserError, match="smallest reachable budget with channel_multiple 16, ignore conv2"):
+            solve_counts(found.model, [0.0, 0.0], least - 2e-6, unit)
+    # conv1 at 16, conv2 whole, fc1 at 16: 416 + 50 (16 · 25 + 1) + 16 (800 + 1) + 10 (16 + 1)
+    assert found.model.smallest_share("params") == (416 + 50 * 401 + 16 * 801 + 170) / 431_080
+
+
+@pytest.mark.parametrize("option", ["--channel_multiple", "--minimum_width"])
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "eight"])
+def test_a_wrong_width_is_one_clear_sentence(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["inspect", "lenet5_caffe", option],
+        ["search", "quickstart", f"--search.trim.groups.{option[2:]}"],
+    ):
+        assert main([*command, value]) == 2
+        said = capsys.readouterr().err.strip().split("\n")
+        assert len(said) == 1
+        assert option[2:] in said[0]
+        assert value in said[0]
+        assert "whole number from 1" in said[0] or "int" in said[0]

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from prunegym.pruning.least_squares import ConsumerProblem, eliminate, greedy_order, solve_mixing
+from prunegym.pruning.least_squares import ConsumerProblem, choose_greedily, eliminate, solve_mixing
 
 FloatArray = np.ndarray
 
@@ -42,7 +42,7 @@ CASES = [(1, 1, 0), (1, 2, 0), (3, 1, 0), (2, 2, 0), (1, 1, 4)]  # features per 
 @pytest.mark.parametrize(("per_channel", "consumers", "others"), CASES)
 def test_each_greedy_pick_is_the_best_one(seed: int, per_channel: int, consumers: int, others: int) -> None:
     problems = [problem(10 * seed + place, 5, per_channel, others) for place in range(consumers)]
-    order = greedy_order(problems).tolist()
+    order = choose_greedily(problems).order.tolist()
     assert sorted(order) == [0, 1, 2, 3, 4]
     for place in range(4):
         chosen = tuple(order[:place])
@@ -55,7 +55,7 @@ def test_each_greedy_pick_is_the_best_one(seed: int, per_channel: int, consumers
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_is_near_the_best_of_all_subsets(seed: int) -> None:
     problems = [problem(seed, 6)]
-    order = greedy_order(problems).tolist()
+    order = choose_greedily(problems).order.tolist()
     whole = total(problems, ())
     for count in range(1, 6):
         best = min(total(problems, kept) for kept in itertools.combinations(range(6), count))
@@ -66,7 +66,7 @@ def test_greedy_is_near_the_best_of_all_subsets(seed: int) -> None:
 def test_greedy_is_exact_for_uncorrelated_channels() -> None:
     variance, weight = np.array([1.0, 4.0, 0.5, 2.0]), np.array([3.0, 1.0, 1.0, 2.0])
     item = ConsumerProblem(np.diag(variance), np.diag(weight**2), tuple(np.array([k]) for k in range(4)))
-    assert greedy_order([item]).tolist() == [0, 3, 1, 2]  # variance x weight²: 9, 4, 0.5, 8
+    assert choose_greedily([item]).order.tolist() == [0, 3, 1, 2]  # variance x weight²: 9, 4, 0.5, 8
     np.testing.assert_allclose(eliminate([item], [0, 3, 1, 2]) * 21.5, [21.5, 12.5, 4.5, 0.5, 0.0], atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_duplicates_and_dead_channels_are_chosen_last() -> None:
     x[:, 4] = 0.0  # dead
     weight = rng.normal(size=(5, 3))
     item = ConsumerProblem(x.T @ x / 400, weight @ weight.T, tuple(np.array([k]) for k in range(5)))
-    order = greedy_order([item]).tolist()
+    order = choose_greedily([item]).order.tolist()
     assert set(order[:3]) in ({0, 1, 2}, {0, 1, 3})
     np.testing.assert_allclose(eliminate([item], order)[3:], 0.0, atol=1e-6)
 

@@ -340,8 +340,8 @@ def test_the_search_climbs_a_known_landscape(task: PruningTask, monkeypatch: pyt
 
 # ---- what is written -------------------------------------------------------------------------------------------------
 FILES = {
-    "command.txt", "config.yaml", "history.csv", "policy.zip", "pruned.json", "pruned.safetensors", "report.md",
-    "results.json", "schedule.json", "seeds.json", "versions.json",
+    "command.txt", "config.yaml", "history.csv", "manifest.json", "plan.json", "policy.zip", "pruned.safetensors",
+    "report.md", "results.json", "schedule.json", "seeds.json", "versions.json",
 }  # fmt: skip
 
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import prunegym.pruning.statistics
+import prunegym.pruning.moments
 import pytest
 import torch
 import torch.nn.functional as F
 from prunegym.pruning.errors import UserError
 from prunegym.pruning.grouping import find_groups
+from prunegym.pruning.layers import patches
 from prunegym.pruning.statistics import Statistics, measure
 from torch import Tensor, nn
 from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
@@ -39,7 +40,7 @@ def forward_residual(net: Any, x: Tensor) -> tuple[Tensor, Maps, dict[str, Tenso
     summed = F.relu(net.bn2(net.conv2(inner)) + first)
     last = F.relu(net.down_bn(net.down(summed)))
     pooled = last.mean((2, 3))
-    read = {"conv1": first, "conv2": inner, "down": summed[:, :, ::2, ::2], "fc": pooled}  # stride 2 skips the rest
+    read = {"conv1": first, "conv2": inner, "down": summed, "fc": pooled}
     return net.fc(pooled), {"stem": [first, summed], "conv1": [inner], "down": [last]}, read
 
 
@@ -107,29 +108,81 @@ def test_taylor_2017_is_not_one_absolute_value_over_the_batch() -> None:
         assert ours.max() > 1.2 * wrong.max()  # and examples do cancel here
 
 
+def unfolded(layer: Any, tensor: Tensor) -> np.ndarray:
+    """Return the patches a convolution reads, by PyTorch's own unfold: (examples × positions, channels × taps)."""
+    if isinstance(layer, nn.Linear):
+        return tensor.detach().numpy()
+    patches = F.unfold(tensor.detach(), layer.kernel_size, padding=layer.padding, stride=layer.stride)
+    return patches.transpose(1, 2).flatten(0, 1).numpy()
+
+
 @pytest.mark.parametrize("batch", [12, 5, 1])
 @pytest.mark.parametrize(("toy", "forward"), FORWARDS)
 def test_moments_by_hand(toy: Callable[[], Any], forward: Callable[..., Any], batch: int) -> None:
-    network, statistics, batches = measured(toy, batch)
+    network, statistics, batches = measured(toy, batch, positions=36)
     _, _, read = forward(network, torch.cat([x for x, _ in batches]))
     assert set(statistics.consumers) == set(read)
     for name, tensor in read.items():
-        rows = np.moveaxis(tensor.detach().numpy(), 1, -1).reshape(-1, tensor.shape[1])
+        rows = unfolded(network.get_submodule(name), tensor)
         ours = statistics.consumers[name]
         assert ours.rows == len(rows)
         np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
         np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect"),
+        nn.Conv2d(3, 4, (1, 5), padding="same"),
+        nn.Conv1d(3, 4, 5, padding=2, padding_mode="circular"),
+        nn.Conv3d(3, 4, 2, padding=1, stride=2),
+    ],
+)
+def test_patches_are_what_the_convolution_reads(layer: Any) -> None:
+    shape = {nn.Conv1d: (9,), nn.Conv2d: (7, 6), nn.Conv3d: (4, 5, 3)}[type(layer)]
+    x = images((3, *shape), 4)
+    read = patches(layer, x, 10**6, torch.Generator())
+    expected = layer(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N·positions, out)
+    torch.testing.assert_close(read @ layer.weight.flatten(1).T + layer.bias, expected, rtol=1e-4, atol=1e-5)
+    some = patches(layer, x, 3, torch.Generator().manual_seed(0))
+    assert some.shape == (4 * 3, read.shape[1])
+    whole = {tuple(row.tolist()) for row in read}
+    assert {tuple(row.tolist()) for row in some} <= whole
+
+
+def test_few_positions_estimate_the_moments_of_all() -> None:
+    network = make(ToyResidual)
+    batches = labelled(network, 400, 100)
+    groups = find_groups(network, batches[0][0])
+    exact, some = (measure(network, groups, batches, positions=most).consumers["conv2"] for most in (36, 9))
+    assert (exact.rows, some.rows) == (400 * 36, 400 * 9)
+    difference = np.linalg.norm(some.second_moment - exact.second_moment) / np.linalg.norm(exact.second_moment)
+    assert 0 < difference < 0.1
+    again = measure(network, groups, batches, positions=9).consumers["conv2"]
+    np.testing.assert_array_equal(again.second_moment, some.second_moment)
+
+
+def test_a_convolution_of_many_features_shares_them_between_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prunegym.pruning.moments, "PATCH_LIMIT", 35)  # conv2 of the toy reads 4 x 9 features
+    network, statistics, batches = measured(ToyConv, 5)
+    _, _, read = forward_conv(network, torch.cat([x for x, _ in batches]))
+    rows = read["conv2"].detach().permute(0, 2, 3, 1).reshape(-1, 4).numpy()
+    ours = statistics.consumers["conv2"]
+    assert ours.rows == len(rows)
+    np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-10, atol=1e-15)
+
+
 def test_a_wide_flatten_shares_features_between_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prunegym.pruning.statistics, "GRAM_LIMIT", 10)  # fc1 of the toy reads 24 features
+    monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)  # fc1 of the toy reads 24 features
     network, statistics, batches = measured(ToyConv, 5)
     _, maps, _ = forward_conv(network, torch.cat([x for x, _ in batches]))
     rows = maps["conv2"][0].detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()  # (N·4, 6)
     ours = statistics.consumers["fc1"]
     assert ours.rows == 12 * 4
     np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-10)
+    np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-10, atol=1e-15)
 
 
 def test_weight_norms_by_hand() -> None:
@@ -150,7 +203,7 @@ def test_transposed_convolution_norms_and_moments() -> None:
         network = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(3, 4, 2))
         network = network.append(nn.ReLU()).append(nn.Conv2d(4, 3, 7)).append(nn.Flatten()).double()
     x, y = images((2, 3, 3), 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    statistics = measure(network, find_groups(network, x), [(x, y)])
+    statistics = measure(network, find_groups(network, x), [(x, y)], positions=100)
     weight: Any = network[0].weight
     np.testing.assert_allclose(statistics.groups["0"].l1, weight.detach().abs().sum((0, 2, 3)).numpy())
     np.testing.assert_allclose(statistics.groups["0"].l2, weight.detach().square().sum((0, 2, 3)).sqrt().numpy())

@@ -206,7 +206,7 @@ def test_layer_that_runs_twice() -> None:
 
 
 class TiedChain(nn.Module):
-    """One square weight in two places of a chain: a cut would need it in two shapes at once."""
+    """One square weight in two places of a chain: its rows and columns can only be cut alike."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,10 +220,20 @@ class TiedChain(nn.Module):
         return self.last(torch.relu(self.third(torch.relu(self.second(torch.relu(self.first(x)))))))
 
 
+def test_rows_and_columns_of_a_weight_in_two_places_are_cut_alike() -> None:
+    network, x = TiedChain().double(), images((4,), dtype=torch.float64)
+    (group,) = find_groups(network, x)
+    assert group.producers == ("first", "second", "third")
+    plan = PruningPlan({"first": [0, 2, 3]})
+    smaller: Any = apply_plan(network, [group], plan)
+    assert smaller.second.weight is smaller.third.weight
+    assert smaller.second.weight.shape == (3, 3)
+    expected = masked_output(network, {"first": {"second": 1, "third": 1, "last": 1}}, plan, x)
+    assert relative(expected, smaller(x).detach()) <= 1e-10
+
+
 def test_shared_weight_that_would_need_two_shapes_is_refused() -> None:
     network, untied = TiedChain(), TiedChain()
-    with pytest.raises(UserError, match=r"trial cut went wrong: .*shared by 'second.weight' and 'third.weight'"):
-        find_groups(network, images((4,)))
     untied.third.weight = nn.Parameter(untied.second.weight.detach().clone())
     groups = find_groups(untied, images((4,)))
     plan = PruningPlan({"second": [0, 1]})  # rows of second.weight, columns of third.weight

@@ -19,7 +19,7 @@ from prunegym.agent.learner import make_environments
 from prunegym.envs import FEATURES, TRIM, RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.envs.observation import GroupObservation
-from prunegym.pruning import PruningPlan, PruningTask, RepairSettings, Trimmer, UserError, apply_plan
+from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, RepairSettings, Trimmer, UserError, apply_plan
 from prunegym.pruning.cost import count_cost
 from prunegym.pruning.heuristics import uniform
 from prunegym.pruning.retraining import RetrainSettings
@@ -556,3 +556,102 @@ def test_mistakes_in_use(trimmer: Trimmer) -> None:
     episode(env, [0.0] * 3)
     with pytest.raises(gym.error.ResetNeeded, match="episode has ended"):
         env.step(np.zeros(1, np.float32))
+
+
+# ---- not every width, not every group --------------------------------------------------------------------------------
+EIGHTS = GroupSettings(channel_multiple=8)
+
+
+@pytest.fixture(scope="module")
+def eights(task: PruningTask) -> dict[str, Trimmer]:
+    return {name: Trimmer(task, settings.repair, EIGHTS) for name, settings in RULES.items()}
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_width_is_a_multiple_of_eight(
+    rule: str, rounds: int, task: PruningTask, eights: dict[str, Trimmer]
+) -> None:
+    settings = replace(RULES[rule], budget=0.4, budget_unit="params", rounds=rounds, groups=EIGHTS)
+    env = TrimEnv(settings=settings, trimmer=eights[rule])
+    rng, seen = np.random.default_rng(0), set()
+    for count in range(8):
+        steps = episode(env, rng.uniform(-1, 1, 3 * rounds))
+        for _, _, info in steps[3::3]:
+            assert all(width % 8 == 0 for width in widths_of(info))
+            for share, width in zip(info["executed"].values(), WIDTHS, strict=True):
+                assert round(share * width, 9) % 8 == 0
+            seen.add(tuple(widths_of(info)))
+        assert steps[-1][2]["kept"] <= 0.4
+        if count == 0:
+            cut: Any = apply_plan(task.network, env.trimmer.groups, PruningPlan.from_dict(steps[-1][2]["plan"]))
+            made = [cut.conv1.out_channels, cut.conv2.out_channels, cut.fc1.out_features]
+            assert made == widths_of(steps[-1][2])
+    assert len(seen) > 1
+
+
+def test_the_reference_is_uniform_in_multiples_too(eights: dict[str, Trimmer]) -> None:
+    env = TrimEnv(settings=TrimSettings(budget_unit="params", groups=EIGHTS), trimmer=eights["score"])
+    _, reward, info = episode(env, [0.4] * 3)[-1]
+    start = uniform(eights["score"], budget=0.3, unit="params", retraining=RetrainSettings())
+    assert info["plan"] == start.plan.to_dict()
+    assert all(count % 8 == 0 for count in start.plan.counts.values())
+    assert reward == 0.0
+
+
+def test_a_ratio_takes_the_nearest_multiple_that_leaves_the_budget_reachable(
+    task: PruningTask, eights: dict[str, Trimmer]
+) -> None:
+    budget, trim, size = 0.3, 0.9, task.example.shape[-1]
+    settings = TrimSettings(budget=budget, budget_unit="params", action="ratio", largest_trim=trim, groups=EIGHTS)
+    env = TrimEnv(settings=settings, trimmer=eights["ratio"])
+    rng, whole, clipped = np.random.default_rng(3), lenet_cost(WIDTHS, size)["params"], 0
+    for _ in range(20):
+        actions = rng.uniform(-1, 1, 3).astype(np.float32)
+        expected: list[int] = []
+        for place, width in enumerate(WIDTHS):
+            asked = math.floor((1 - trim * (1 - float(actions[place])) / 2) * width + 0.5)
+            nearest = min(range(8, width + 1, 8), key=lambda count: (abs(count - asked), count))
+            fitting = [
+                count
+                for count in range(8, nearest + 1, 8)
+                if lenet_cost([*expected, count, *(8, 8, 8)[place + 1 :]], size)["params"] <= budget * whole
+            ]
+            expected.append(fitting[-1])
+            clipped += fitting[-1] < nearest
+        steps = episode(env, actions)
+        assert widths_of(steps[-1][2]) == expected
+        reachable = steps[0][0][[feature.name for feature in FEATURES].index("reachable")]
+        assert reachable == pytest.approx(lenet_cost((8, 8, 8), size)["params"] / whole)
+    assert clipped > 3
+    with pytest.raises(UserError, match=r"trimming 10% of each group.*of the params with channel_multiple 8, but got"):
+        TrimEnv(settings=replace(settings, largest_trim=0.1), trimmer=eights["ratio"])
+
+
+def test_a_threshold_keeps_the_best_of_those_above_it_up_to_a_multiple(eights: dict[str, Trimmer]) -> None:
+    trimmer = eights["threshold"]
+    settings = TrimSettings(
+        budget=None, action="threshold", repair=trimmer.settings, reward=FLOOR, groups=EIGHTS, budget_unit="params"
+    )
+    info = episode(TrimEnv(settings=settings, trimmer=trimmer), [0.0, -0.5, -0.25])[-1][2]
+    apoz = apoz_by_hand(trimmer, trimmer.task.network)
+    fewer = 0
+    for z, values, keep in zip((1.0, 0.0, 0.5), apoz, info["plan"].values(), strict=True):
+        below = int((values <= values.mean() + z * values.std()).sum())
+        count = 8 * math.ceil(below / 8)
+        assert set(keep) == set(np.argsort(values, kind="stable")[:count].tolist())
+        fewer += below < count < len(values)
+    assert fewer
+    assert sum(widths_of(info)) < sum(WIDTHS)
+
+
+def test_ignored_groups_are_not_walked(task: PruningTask) -> None:
+    settings = TrimSettings(budget_unit="params", groups=GroupSettings(ignore="conv*"))
+    env = TrimEnv(task, settings)
+    steps = episode(env, [0.3])
+    assert list(steps[-1][2]["plan"]) == ["fc1"]
+    whole, size = lenet_cost(WIDTHS, 28)["params"], 28
+    fitting = [width for width in range(1, 65) if lenet_cost((8, 16, width), size)["params"] <= 0.3 * whole]
+    assert widths_of(steps[-1][2]) == [fitting[-1]]
+    with pytest.raises(UserError, match="shared trimmer must have the environment's group settings"):
+        TrimEnv(settings=TrimSettings(), trimmer=env.trimmer)

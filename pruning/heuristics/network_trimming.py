@@ -4,7 +4,8 @@ Source: Hu, Peng, Tai, Tang, "Network Trimming: A Data-Driven Neuron Pruning App
 Architectures" (2016, arXiv 1607.03250): measure APoZ, remove what lies more than one standard deviation above its
 layer's mean, keep the surviving weights, retrain, repeat. The paper trims a few layers: those of highest mean APoZ
 that hold most parameters, then their neighbours. Ours are the automatic choice of these layers, the exact stop at a
-budget, and the sharing of a fixed number of updates between the rounds.
+budget, the sharing of a fixed number of updates between the rounds, and the rounding where not every width is allowed:
+of the channels above the threshold, the best stay up to the next allowed width.
 """
 
 import math
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..budget import solve_counts
+from ..cost import CostModel
 from ..errors import UserError, closest
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
@@ -31,8 +33,8 @@ class NetworkTrimmingSettings:
 
     Attributes:
         sigmas: A channel leaves when its APoZ exceeds its layer's mean by this many standard deviations.
-        max_rounds: Most rounds. In the last one, or when no channel lies above the threshold any more, the
-            threshold gives way if the budget is not met yet.
+        max_rounds: Most rounds. In the last one, or when too few channels lie above the threshold for any group to
+            become narrower, the threshold gives way if the budget is not met yet.
         targets: Names of the groups to trim; empty = chosen automatically.
         narrowest: The threshold leaves every target at least this share of its original channels. The automatic
             choice takes the fewest groups with which the budget can be met so; all where that is impossible.
@@ -94,7 +96,7 @@ def network_trimming(
 
     Args:
         trimmer: Task and settings; its criterion is replaced by "apoz", its compensation by the settings'.
-        budget: Share of the whole network's cost to keep, in (0, 1]. Met from below, within one channel.
+        budget: Share of the whole network's cost to keep, in (0, 1]. Met from below, within one allowed width.
         unit: "macs" or "params".
         retraining: `updates` is the total over all rounds; the other values hold for each round.
         seed: Of the retraining.
@@ -105,6 +107,7 @@ def network_trimming(
         UserError: No group has a ReLU behind it, an unknown target, or a budget the targets cannot reach.
     """
     settings = settings or NetworkTrimmingSettings()
+    retraining = retraining.resolved(len(trimmer.task.train))
     repair = replace(trimmer.settings, criterion="apoz", compensation=settings.compensation)
     rectified = [group.name for group in trimmer.groups if group.rectified]
     if not rectified:
@@ -115,8 +118,7 @@ def network_trimming(
     trimmer.cost_model.check_budget(budget, unit)
     trimmer = trimmer.with_settings(repair)
     targets = _targets(trimmer, rectified, budget, unit, settings)
-    widths = {group.name: group.width for group in trimmer.groups}
-    floor = {name: max(1, round(settings.narrowest * widths[name])) for name in targets}
+    floor = {name: count for name, count in _floors(trimmer.cost_model, settings).items() if name in targets}
     early = int(retraining.updates * (1 - settings.final_share))  # updates for the rounds before the last
     per_round = early
 
@@ -126,7 +128,7 @@ def network_trimming(
     for place in range(settings.max_rounds):
         last = place == settings.max_rounds - 1
         keep, gave_way = _one_round(trimmer, subject, floor, budget, unit, settings.sigmas, last)
-        if not last and all(mask.all() for mask in keep.values()):  # nothing is left above the threshold
+        if not last and all(mask.all() for mask in keep.values()):  # too little is left above the threshold
             keep, gave_way = _one_round(trimmer, subject, floor, budget, unit, settings.sigmas, True)
         met = trimmer.cost_model.share({name: int(mask.sum()) for name, mask in keep.items()}, unit) <= budget
         plan = PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
@@ -184,33 +186,42 @@ def _targets(
 ) -> tuple[str, ...]:
     """Choose the groups to trim: highest mean APoZ × share of the cost first, as few as the budget needs."""
     model = trimmer.cost_model
+    narrowest = dict(zip(model.names, model.allowed.smallest(model.widths).tolist(), strict=True))
+    wording = model.allowed.settings
     if settings.targets:
         for name in settings.targets:
             if name not in rectified:
                 raise UserError(f"targets must be groups with a ReLU, but got {name!r}{closest(name, rectified)}")
         chosen = set(settings.targets)
-        smallest = dict.fromkeys(chosen, 1)
+        smallest = {name: narrowest[name] for name in chosen}
         if model.share(smallest, unit) > budget:
             raise UserError(
-                f"the budget must be reachable by the targets, but one channel in each still costs "
-                f"{model.share(smallest, unit):.4f} of the {unit}; the budget is {budget}"
+                f"the budget must be reachable by the targets, but {wording.narrowest} in each still costs "
+                f"{model.share(smallest, unit):.4f} of the {unit}{wording.limits}; the budget is {budget}"
             )
         return tuple(name for name in model.names if name in chosen)
     shares = dict(zip(model.names, model.group_share(unit), strict=True))
     means = _mean_apoz(trimmer.pristine, tuple(rectified))
-    widths = dict(zip(model.names, model.widths.tolist(), strict=True))
+    floors = _floors(model, settings)
     order = sorted(rectified, key=lambda name: -means[name] * shares[name])
     for count in range(1, len(order) + 1):
-        smallest = {name: max(1, round(settings.narrowest * widths[name])) for name in order[:count]}
+        smallest = {name: floors[name] for name in order[:count]}
         if model.share(smallest, unit) <= budget:
             return tuple(name for name in model.names if name in smallest)
-    least = model.share(dict.fromkeys(order, 1), unit)
+    least = model.share({name: narrowest[name] for name in order}, unit)
     if least > budget:
         raise UserError(
-            f"Network Trimming can only cut groups with a ReLU behind them, and one channel in each still costs "
-            f"{least:.4f} of the {unit}; the budget is {budget}"
+            f"Network Trimming can only cut groups with a ReLU behind them, and {wording.narrowest} in each still "
+            f"costs {least:.4f} of the {unit}{wording.limits}; the budget is {budget}"
         )
     return tuple(name for name in model.names if name in order)
+
+
+def _floors(model: CostModel, settings: NetworkTrimmingSettings) -> dict[str, int]:
+    """Return, by group, the fewest channels that the threshold leaves."""
+    shares = [max(1, round(settings.narrowest * width)) for width in model.widths.tolist()]
+    floors = model.allowed.not_below(np.array(shares, dtype=np.int64), model.widths)
+    return dict(zip(model.names, floors.tolist(), strict=True))
 
 
 def _one_round(
@@ -225,10 +236,12 @@ def _one_round(
     """Decide what stays of `subject`: masks by group, and whether the threshold gave way.
 
     Channels of the targets (the keys of `floor`) above the threshold leave, weakest first, until the budget is met or
-    the target is down to its `floor`. If the budget is not met in the last
-    round, the same share of every target's survivors leaves as well, those of highest APoZ first.
+    the target is down to its `floor`; some wait until enough have come together for the next narrower allowed width.
+    If the budget is not met in the last round, the same share of every target's survivors leaves as well, those of
+    highest APoZ first.
     """
     model = trimmer.cost_model
+    present = np.array([group.width for group in subject.groups], dtype=np.int64)
     keep: Masks = {group.name: np.ones(group.width, dtype=bool) for group in subject.groups}
     candidates: list[tuple[float, str, int]] = []
     for name in floor:
@@ -236,18 +249,24 @@ def _one_round(
         z = (apoz - apoz.mean()) / max(float(apoz.std()), 1e-12)
         candidates += [(float(score), name, channel) for channel, score in enumerate(z) if score > sigmas]
     candidates.sort(key=lambda item: (-item[0], item[1], item[2]))  # weakest first
-    counts = {name: int(mask.sum()) for name, mask in keep.items()}
+    places = {name: place for place, name in enumerate(keep)}
+    counts, below = present.copy(), present.copy()  # `below` counts without the channels that wait
+    waiting: dict[str, list[int]] = {name: [] for name in floor}
     for _, name, channel in candidates:
         if model.share(counts, unit) <= budget:
             break
-        if counts[name] > floor[name]:
-            keep[name][channel] = False
-            counts[name] -= 1
+        place = places[name]
+        if below[place] > floor[name]:
+            waiting[name].append(channel)
+            below[place] -= 1
+            if model.allowed.not_below(below, present)[place] == below[place]:
+                keep[name][waiting[name]] = False
+                waiting[name], counts[place] = [], below[place]
     if not last or model.share(counts, unit) <= budget:
         return keep, False
-    whole = [0.0 if name in floor else 60.0 for name in counts]  # log-odds: what is no target stays
-    solved = solve_counts(model, whole, budget, unit, widths=list(counts.values()))
-    for name, count in zip(counts, solved.tolist(), strict=True):
+    whole = [0.0 if name in floor else 60.0 for name in keep]  # log-odds: what is no target stays
+    solved = solve_counts(model, whole, budget, unit, widths=counts)
+    for name, count in zip(keep, solved.tolist(), strict=True):
         surplus = np.flatnonzero(keep[name])
         if len(surplus) > count:
             order = np.argsort(_apoz(subject, name)[surplus], kind="stable")

@@ -20,6 +20,7 @@ def uniform(trimmer: Trimmer, *, budget: float, unit: str, retraining: RetrainSe
         retraining: Training after the cut.
         seed: Of that training.
     """
+    retraining = retraining.resolved(len(trimmer.task.train))
     counts = solve_counts(trimmer.cost_model, np.zeros(len(trimmer.groups)), budget, unit)
     return Schedule(
         rounds=(Round(trimmer.plan(counts), retraining.updates),),
