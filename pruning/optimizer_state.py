@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from .errors import UserError, closest
 from .groups import ChannelGroup
+from .indexing import select
 from .plan import PruningPlan
-from .surgery import kept_entries, named_tensors, select
+from .surgery import kept_entries, named_tensors
 
 Entry = Tensor | float | None
 """One thing remembered of a parameter: a tensor of its shape, or a number such as AdamW's count of steps."""

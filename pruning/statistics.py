@@ -204,12 +204,20 @@ def weight_norms(network: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str
             inward = piece.tensor in consumed and piece.dim == 1 - output_dim(layer)
             if piece.tensor not in names or inward:
                 continue
-            weight = tensors[piece.tensor].detach().transpose(0, piece.dim).flatten(1)  # -> (channels, …)
-            exact = torch.promote_types(weight.dtype, torch.float32)
-            np.add.at(absolute, piece.channel, weight.abs().sum(1, dtype=exact).double().cpu().numpy()[piece.index])
-            np.add.at(square, piece.channel, weight.square().sum(1, dtype=exact).double().cpu().numpy()[piece.index])
+            weight = tensors[piece.tensor].detach().transpose(0, piece.dim)  # -> (channels, …)
+            for sums, value in zip((absolute, square), _row_sums(weight), strict=True):
+                np.add.at(sums, piece.channel, value[piece.index])
         result[group.name] = (absolute, np.sqrt(square))
     return result
+
+
+def _row_sums(weight: Tensor) -> tuple[FloatArray, FloatArray]:
+    """Return (rows,) the sums of |w| and of w²; a few rows at a time, which stay in the cache between the passes."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    parts = [part.flatten(1) for part in weight.split(max(1, 2**18 // max(1, weight[0].numel())))]
+    absolute = torch.cat([part.abs().sum(1, dtype=exact) for part in parts])
+    square = torch.cat([part.square().sum(1, dtype=exact) for part in parts])
+    return absolute.double().cpu().numpy(), square.double().cpu().numpy()
 
 
 def _collect(

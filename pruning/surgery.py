@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import UserError
 from .groups import ChannelGroup, IndexArray
+from .indexing import select
 from .plan import PruningPlan
 from .tracing import evaluation_mode, tensors_in
 
@@ -134,13 +135,6 @@ def _own_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield f"{prefix}.{name}" if prefix else name, tensor
-
-
-def select(value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """Take the entries `kept` along each dimension; the strongest reduction first."""
-    for dim in sorted(kept, key=lambda dim: len(kept[dim]) / value.shape[dim]):
-        value = value.index_select(dim, kept[dim].to(value.device))
-    return value
 
 
 def masked_copy(network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> nn.Module:
