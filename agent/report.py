@@ -106,11 +106,11 @@ def latency_lines(result: "SearchResult") -> list[str]:
     ]
     if not passes:
         return []
-    device = next(agent.network.parameters()).device.type
+    device, threads = next(agent.network.parameters()).device.type, torch.get_num_threads()
+    fewer = original.cost.macs / agent.cost.macs
     return [
-        f"Forward pass of the agent's network against the original's, median on this machine ({device}, "
-        f"{torch.get_num_threads()} threads): {', '.join(passes)}, with {original.cost.macs / agent.cost.macs:.1f}× "
-        "fewer MACs."
+        f"Forward pass of the agent's network against the original's, median on this machine ({device}, {threads} "
+        f"thread{'s' * (threads > 1)}): {', '.join(passes)}, with {fewer:.1f}× fewer MACs."
     ]
 
 

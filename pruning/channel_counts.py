@@ -9,6 +9,7 @@ COUNTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
     nn.modules.batchnorm._NormBase: ("num_features",),
     nn.LayerNorm: ("normalized_shape",),
+    nn.GroupNorm: ("num_groups", "num_channels"),
     nn.PReLU: ("num_parameters",),
 }
 """The attributes that a cut lowers, by kind of layer."""
@@ -51,6 +52,8 @@ def counts_fit_tensors(module: Any) -> bool:
         expected = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (module.num_features,))
     elif isinstance(module, nn.LayerNorm):
         expected = dict.fromkeys(("weight", "bias"), module.normalized_shape)
+    elif isinstance(module, nn.GroupNorm):
+        expected = dict.fromkeys(("weight", "bias"), (module.num_channels,))
     elif isinstance(module, nn.PReLU):
         expected = {"weight": (module.num_parameters,)}
     else:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .channel_counts import channel_counts, counts_fit_tensors, set_channel_count
 from .errors import UserError
 from .groups import ChannelGroup, IndexArray
 from .indexing import select
@@ -61,7 +62,8 @@ def apply_plan(
     for group in groups:
         gone = group.width - len(plan[group.name])
         for cut in group.attributes:
-            _lower(modules[cut.module], cut.attribute, cut.per_channel * gone)
+            left = channel_counts(modules[cut.module])[cut.attribute] - cut.per_channel * gone
+            set_channel_count(modules[cut.module], cut.attribute, left)
     if verify is not None:
         verify_cut(network, smaller, groups, plan, verify)
     return smaller
@@ -180,13 +182,11 @@ def verify_cut(
         The relative difference found.
 
     Raises:
-        SurgeryError: The difference is larger, or a batch norm's width is wrong; the layer is named.
+        SurgeryError: The difference is larger, or a layer's counts do not fit its tensors; the layer is named.
     """
     for name, module in smaller.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                if tensor is not None and len(tensor) != module.num_features:
-                    raise SurgeryError(f"batch norm {name!r} says {module.num_features}, holds {len(tensor)}")
+        if not counts_fit_tensors(module):
+            raise SurgeryError(f"layer {name!r} says {channel_counts(module)}, but its tensors have other sizes")
     masked = masked_copy(network, groups, plan)
     norms = _KeptLayerNorm(masked, groups, plan.completed(groups))
     exact = torch.backends.cudnn.flags(allow_tf32=False)
@@ -282,11 +282,3 @@ def _first_difference(
         if expected.shape != got.shape or float((expected - got).abs().max()) > limit * float(expected.abs().max()):
             return name
     return "the output"
-
-
-def _lower(module: nn.Module, attribute: str, amount: int) -> None:
-    if attribute == "normalized_shape":
-        shape: Any = module.normalized_shape
-        module.normalized_shape = (*shape[:-1], shape[-1] - amount)  # type: ignore[assignment]
-    else:
-        setattr(module, attribute, getattr(module, attribute) - amount)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torch_pruning
 from prunegym.pruning import grouping
+from prunegym.pruning.artifact import load_pruned, save_pruned
 from prunegym.pruning.groups import shrink_groups
 from prunegym.pruning.labels import Labels, compact, varies
 from prunegym.pruning.plan import PruningPlan
@@ -311,6 +313,16 @@ def test_any_plan_gives_what_the_mask_gives(name: str) -> None:
         smaller = apply_plan(network, groups, plan, verify=x)
         assert close(expected, smaller(x).detach())
         assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_network_is_saved_and_comes_back(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    network, x = built(case), images(case.shape, 3, dtype=torch.float64)
+    plan = some(case.widths, 1)
+    smaller = apply_plan(network, grouping.find_groups(network, x), plan)
+    save_pruned(tmp_path, smaller, plan, example_shape=(1, *case.shape), source={})
+    assert torch.equal(load_pruned(tmp_path, network)(x), smaller(x))
 
 
 @pytest.mark.parametrize("name", CASES)
