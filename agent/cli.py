@@ -68,13 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def search_command(arguments: list[str]) -> int:
     """`prunegym search CONFIG [--option value ...]`."""
-    parser = ArgumentParser(prog="prunegym search CONFIG", exit_on_error=False, description="Learn a pruning schedule.")
-    parser.add_argument("--config", action="config", help="YAML file; options given after it replace its values")
-    parser.add_class_arguments(SearchConfig)
-    if not arguments:
-        raise UserError(f"search needs a configuration: a YAML file, or one of {', '.join(shipped_configs())}")
-    given = vars(parser.instantiate(_parse(parser, _with_config(arguments))))
-    config = resolve(SearchConfig(**{key: value for key, value in given.items() if key != "config"}))
+    config = read_config(arguments)
     find_algorithm(config.search.learner)
     progress = Progress(enabled=True)
     run = RunFolder.create(config.output) if config.output else RunFolder.next_free(config.name)
@@ -82,7 +76,7 @@ def search_command(arguments: list[str]) -> int:
     command = ["prunegym", "search", *arguments]
     run.write_start(config_text(dataclasses.asdict(config)), command, {"root": config.search.seed, **seeds})
     try:
-        task = _task(config, progress)
+        task = load_task(config, progress)
     except (Exception, KeyboardInterrupt):
         run.discard()  # nothing was computed yet
         raise
@@ -102,6 +96,21 @@ def search_command(arguments: list[str]) -> int:
         console.print(line, soft_wrap=True)
     console.print(f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)", soft_wrap=True)
     return 130 if result.stopped_by == "interrupt" else 0
+
+
+def read_config(arguments: list[str]) -> SearchConfig:
+    """Return what `search` is asked for: a configuration and the options that replace its values.
+
+    Raises:
+        UserError: No configuration, an unknown key or a value of the wrong type; the nearest key is named.
+    """
+    parser = ArgumentParser(prog="prunegym search CONFIG", exit_on_error=False, description="Learn a pruning schedule.")
+    parser.add_argument("--config", action="config", help="YAML file; options given after it replace its values")
+    parser.add_class_arguments(SearchConfig)
+    if not arguments:
+        raise UserError(f"search needs a configuration: a YAML file, or one of {', '.join(shipped_configs())}")
+    given = vars(parser.instantiate(_parse(parser, _with_config(arguments))))
+    return resolve(SearchConfig(**{key: value for key, value in given.items() if key != "config"}))
 
 
 def apply_command(arguments: list[str]) -> int:
@@ -136,7 +145,7 @@ def apply_command(arguments: list[str]) -> int:
     config = resolve(config)
     schedule = Schedule.load(options.schedule or source.path / "schedule.json")
     progress = Progress(enabled=True)
-    task = _task(config, progress)
+    task = load_task(config, progress)
     trimmer = Trimmer(task, schedule.repair, config.search.trim.groups)
     if not {name for entry in schedule.rounds for name in entry.plan} <= {group.name for group in trimmer.groups}:
         trimmer = Trimmer(task, schedule.repair)  # edited to cut what the run left whole: the schedule decides
@@ -229,7 +238,8 @@ def _config_folder() -> Path:
     return Path(configs.__file__).parent
 
 
-def _task(config: SearchConfig, progress: Progress) -> PruningTask:
+def load_task(config: SearchConfig, progress: Progress) -> PruningTask:
+    """Load data and network as a resolved configuration says, with its number of threads; train what has no weights."""
     if config.threads:
         torch.set_num_threads(config.threads)
         threadpool_limits(config.threads, user_api="blas")  # NumPy's own threads
