@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import UserError
 from .groups import ActivationSite, ChannelGroup
@@ -110,6 +111,7 @@ def measure(
         stack.enter_context(evaluation_mode(network))
         stack.enter_context(hooked(handles))
         stack.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required.items()])
+        stack.callback(lambda: [sums.release() for sums in watch.values()])
         network.requires_grad_(False)
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         for inputs, labels in batches:
@@ -156,6 +158,7 @@ class _SiteSums:
     taylor_2019: Any = 0.0
     positions: int = 0
     pending: list[Tensor] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.see(output)
@@ -176,14 +179,21 @@ class _SiteSums:
                     raise UserError("an activation is overwritten in place after it was observed; use a copy there")
                 self.pending.append(self._slots(gradient * output.detach()).sum(2))  # -> (N, slots)
 
-            output.register_hook(receive)
+            self.handles.append(output.register_hook(receive))
+
+    def release(self) -> None:
+        """Let the batch's activations go: a hook that knows its own tensor would keep it alive for good."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.pending.clear()
 
     def finish(self) -> None:
-        """Take in the gradients of the batch that just ran backward."""
+        """Take in the gradients of the batch that just ran backward, and let its activations go."""
         for product in self.pending:
             self.taylor_2017 = self.taylor_2017 + (product / self.positions).abs().double().sum(0)
             self.taylor_2019 = self.taylor_2019 + product.double().square().sum(0)
-        self.pending.clear()
+        self.release()
 
     def _slots(self, tensor: Tensor) -> Tensor:
         if self.dim == 1:

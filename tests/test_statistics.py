@@ -1,5 +1,7 @@
 """Every statistic recomputed by hand: one example at a time, explicit forward passes, plain autograd, numpy."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -283,6 +285,34 @@ def test_network_comes_back_as_it_was(toy: Callable[[], Any], end: str) -> None:
     assert bool((parameters[1].grad == 1).all())
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     assert not any(x.requires_grad for x, _ in batches)
+
+
+@pytest.mark.parametrize("end", ["done", "data fails"])
+def test_no_activation_outlives_its_batch(end: str) -> None:
+    network = make(ToyConv)
+    groups = find_groups(network, images(network.shape, 1))
+    alive: list[list[weakref.ref[Tensor]]] = []
+    network.relu.register_forward_hook(lambda _m, _i, output: alive[-1].append(weakref.ref(output)))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in labelled(network, 15, 5):
+            assert not any(reference() is not None for earlier in alive[:-1] for reference in earlier)
+            alive.append([])
+            yield batch
+        if end != "done":
+            raise RuntimeError("the disk is gone")
+
+    gc.disable()  # nothing may wait for the collector of cycles
+    try:
+        if end == "done":
+            measure(network, groups, batches())
+        else:
+            with pytest.raises(RuntimeError, match="the disk is gone"):
+                measure(network, groups, batches())
+        assert [len(seen) for seen in alive] == [3, 3, 3]
+        assert not any(reference() is not None for seen in alive for reference in seen)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
