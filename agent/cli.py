@@ -194,7 +194,7 @@ def inspect_command(arguments: list[str]) -> int:
     parser.add_class_arguments(InspectSettings, as_positional=True)
     found = inspect_network(InspectSettings(**vars(parser.instantiate(_parse(parser, arguments)))))
     console = Console(highlight=False)
-    console.width = max(80, console.width)
+    console.width = max(100, console.width)
     console.print(found.table())
     for line in [*found.tied(), *found.refused(), *found.budgets()]:
         console.print(line, soft_wrap=True, markup=False)

@@ -16,6 +16,7 @@ from ..pruning.networks import NETWORKS, build_network
 from ..pruning.statistics import Statistics, measure
 from ..pruning.weights import load_weights
 from ..pruning.widths import GroupSettings, making_layers
+from .report import short_count
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,14 @@ class Inspection:
     statistics: Statistics | None
 
     def table(self) -> Table:
-        """Return one row per prunable group; "params" and "MACs" are the shares that vanish with the whole group."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        """Return one row per prunable group; "params" and "MACs" are what vanishes with the whole group."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("group", no_wrap=True)
         narrowest = self._narrowest()
         limited = any(count > 1 for count in narrowest)
-        for header in ("width", *(["narrowest"] if limited else []), "made by", "read by", "params", "MACs"):
-            table.add_column(header, justify="right")
-        if self.statistics:
-            table.add_column("APoZ", justify="right")
-            table.add_column("Taylor", justify="right")
+        measured = ("APoZ", "Taylor") if self.statistics else ()
+        for header in ("width", *(["least"] if limited else []), "made", "read", "params", "MACs", *measured):
+            table.add_column(header, justify="right", no_wrap=True)
         if self.model is None:
             return table
         shares = [self.model.group_share(unit) for unit in ("params", "macs")]
@@ -86,8 +85,8 @@ class Inspection:
                 for name, s in self.statistics.groups.items()
                 if s.taylor_2017 is not None
             }
-            whole = max(sum(sums.values()), 1e-30)
-            taylor = {name: value / whole for name, value in sums.items()}
+            summed = max(sum(sums.values()), 1e-30)
+            taylor = {name: value / summed for name, value in sums.items()}
         for place, group in enumerate(self.survey.groups):
             cells = [
                 group.name,
@@ -95,13 +94,15 @@ class Inspection:
                 *([str(narrowest[place])] if limited else []),
                 str(len(group.producers)),
                 str(len(group.consumers)),
-                f"{100 * shares[0][place]:.1f} %",
-                f"{100 * shares[1][place]:.1f} %",
+                *(
+                    f"{short_count(share[place] * whole)} {100 * share[place]:.1f}%"
+                    for share, whole in zip(shares, (self.model.full.params, self.model.full.macs), strict=True)
+                ),
             ]
             if self.statistics:
                 apoz = self.statistics.groups[group.name].apoz
-                cells.append("no ReLU" if apoz is None else f"{apoz.mean():.2f} ± {apoz.std():.2f}")
-                cells.append(f"{100 * taylor[group.name]:.1f} %")
+                cells.append("no ReLU" if apoz is None else f"{apoz.mean():.2f}±{apoz.std():.2f}")
+                cells.append(f"{100 * taylor[group.name]:.1f}%")
             table.add_row(*cells)
         return table
 

@@ -66,8 +66,8 @@ def console_table(result: "SearchResult") -> Table:
         cost = finalist.cost
         table.add_row(
             finalist.label,
-            f"{_short(cost.params)} {whole.params / cost.params:5.1f}×",
-            f"{_short(cost.macs)} {whole.macs / cost.macs:5.1f}×",
+            f"{short_count(cost.params)} {whole.params / cost.params:5.1f}×",
+            f"{short_count(cost.macs)} {whole.macs / cost.macs:5.1f}×",
             _percent(finalist.after_trim),
             _percent(finalist.selection.accuracy),
             _percent(finalist.test),
@@ -286,12 +286,12 @@ def _reward_images(result: "SearchResult") -> int:
     return result.settings.trim.repair.reward_images or len(result.task.reward)
 
 
-def _short(count: int) -> str:
-    """Write a count with three or four digits and its magnitude."""
+def short_count(count: float) -> str:
+    """Write a count with three or four digits and its magnitude, e.g. "25.40k"."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.{1 if count >= 100 * size else 2}f}{unit}"
-    return str(count)
+    return f"{count:.0f}"
 
 
 def _percent(value: float | None) -> str:

@@ -111,7 +111,8 @@ def measure(
         stack.enter_context(evaluation_mode(network))
         stack.enter_context(hooked(handles))
         stack.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required.items()])
-        stack.callback(lambda: [sums.release() for sums in watch.values()])
+        for sums in watch.values():
+            stack.callback(sums.release)
         network.requires_grad_(False)
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         for inputs, labels in batches:

@@ -14,7 +14,7 @@ def test_lenet_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.split("\n")
     rows = {line.split()[0]: line.split() for line in lines if line.startswith(" ") and line.split()}
     # conv2: 25,050 of its own and 400,000 of fc1's 431,080 parameters; 1,600,000 + 400,000 of 2,293,000 MACs
-    assert rows["conv2"][1:8] == ["50", "1", "1", "98.6", "%", "87.2", "%"]
+    assert rows["conv2"][1:8] == ["50", "1", "1", "425.1k", "98.6%", "2.00M", "87.2%"]
     assert rows["fc1"][1] == "500"
     assert any(
         line.startswith("left whole: fc2 (10 channels): its channels are the network's outputs") for line in lines
