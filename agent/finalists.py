@@ -3,6 +3,7 @@
 The test split is opened once, for all of them together.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,11 @@ class Finalist:
         """Accuracy on the reward images after the last cut, before the training that follows it."""
         return self.rounds[-1].after_trim.accuracy if self.rounds else None
 
+    @property
+    def updates_taken(self) -> int:
+        """Optimizer steps of retraining that were taken, over all rounds."""
+        return sum(entry.updates_taken for entry in self.rounds)
+
     def to_dict(self, whole: Cost) -> dict[str, Any]:
         """Return plain data for JSON; `whole` is the original's cost."""
         return {
@@ -69,7 +75,9 @@ class Finalist:
             "macs": self.cost.macs,
             "params_kept": self.cost.params / whole.params,
             "macs_kept": self.cost.macs / whole.macs,
-            "retrain_updates": self.schedule.retrain_updates if self.schedule else 0,
+            "retrain_updates": self.updates_taken,
+            "retrain_updates_asked": self.schedule.retrain_updates if self.schedule else 0,
+            "stopped_early": any(r.stopped_early for r in self.rounds),
             "accuracy_after_trim_reward_split": self.after_trim,
             "accuracy_selection_split": self.selection.accuracy,
             "accuracy_test_split": self.test,
@@ -81,7 +89,11 @@ class Finalist:
                     "accuracy_after_retraining": r.after_retraining.accuracy,
                     "params": r.cost.params,
                     "macs": r.cost.macs,
-                    "retrain_updates": r.retrain_updates,
+                    "retrain_updates": r.updates_taken,
+                    "retrain_updates_asked": r.retrain_updates,
+                    "stopped_early": r.stopped_early,
+                    "best_update": r.training.best_update if r.training else 0,
+                    "best_accuracy_selection_split": _known(r.training.best_accuracy) if r.training else None,
                 }
                 for r in self.rounds
             ],
@@ -111,6 +123,10 @@ class Verdict:
     only_second: int
     p_value: float
     outcome: str
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def read_test_split(trimmer: Trimmer, finalists: Sequence[Finalist]) -> None:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
+from ..pruning.checks import check_types
 from ..pruning.cost import UNITS, CostModel
 from ..pruning.data import DataSplits, load_data
 from ..pruning.errors import UserError
@@ -49,6 +51,14 @@ class InspectSettings:
     channel_multiple: int = 1
     minimum_width: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
+        for name in ("image_size", "channels", "images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, but got {value}")
+
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
@@ -88,8 +98,8 @@ class Inspection:
             summed = max(sum(sums.values()), 1e-30)
             taylor = {name: value / summed for name, value in sums.items()}
         for place, group in enumerate(self.survey.groups):
-            cells = [
-                group.name,
+            cells: list[str | Text] = [
+                Text(group.name),
                 str(group.width),
                 *([str(narrowest[place])] if limited else []),
                 str(len(group.producers)),
@@ -155,8 +165,6 @@ def inspect_network(settings: InspectSettings) -> Inspection:
     data: DataSplits | None = None
     if settings.data is not None:
         data = load_data(settings.data, root=settings.data_root, image_size=settings.image_size)
-    if settings.channels is not None and settings.channels < 1:
-        raise UserError(f"channels must be at least 1, but got {settings.channels}")
     record = NETWORKS.get(settings.network)
     usual = record.image_shape if record else (3, 224, 224)
     shape = data.image_shape if data else (settings.channels or usual[0], *[settings.image_size or usual[1]] * 2)

@@ -24,17 +24,27 @@ class Progress:
     def say(self, text: str) -> None:
         """Print one line."""
         if self.enabled:
-            Console(highlight=False, soft_wrap=True).print(text)
+            Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
     @contextmanager
     def updates(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """Show a bar of optimizer steps (`total` None: not known yet); yields a function that takes the number done."""
-        with self._bar(label, total, "update") as bar:
+        """Show a bar of optimizer steps (`total` None: not known yet); yields a function that takes the number done.
 
-            def show(done: int) -> None:
-                bar.update(done - bar.n)
+        The bar appears with the first step: there may be none, where weights are given or kept from an earlier run.
+        """
+        bar: Any = None
 
+        def show(done: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = self._bar(label, total, "update")
+            bar.update(done - bar.n)
+
+        try:
             yield show
+        finally:
+            if bar is not None:
+                bar.close()
 
     @contextmanager
     def evaluations(self, label: str, total: int) -> Iterator[Callable[[History], None]]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .finalists import Finalist, verdict_sentence
 
@@ -46,7 +47,7 @@ def table_rows(result: "SearchResult") -> list[tuple[str, ...]]:
             f"{finalist.cost.macs:,}",
             f"{whole.macs / finalist.cost.macs:.2f}×",
             *(f"{latency.median_ms:.3g}" for latency in finalist.latencies),
-            f"{finalist.schedule.retrain_updates:,}" if finalist.schedule else "–",
+            f"{finalist.updates_taken:,}" if finalist.schedule else "–",
             _percent(finalist.after_trim),
             _percent(finalist.selection.accuracy),
             _percent(finalist.test),
@@ -57,7 +58,9 @@ def table_rows(result: "SearchResult") -> list[tuple[str, ...]]:
 
 def console_table(result: "SearchResult") -> Table:
     """Return the comparison for the terminal, at most 80 columns wide."""
-    table = Table(title=title(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(title(result)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     whole = result.finalists[0].cost
     table.add_column("network", no_wrap=True)
     for header in ("params", "MACs", "cut", "select", "test"):
@@ -89,6 +92,44 @@ def verdict_lines(result: "SearchResult") -> list[str]:
     labels = {finalist.name: finalist.label for finalist in result.finalists}
     lines = [verdict_sentence(verdict, labels) for verdict in result.verdicts]
     return [line[0].upper() + line[1:] for line in lines]
+
+
+def updates_line(result: "SearchResult") -> str:
+    """Say whether all pruned networks got the same number of retraining updates."""
+    pruned = [finalist for finalist in result.finalists if finalist.schedule]
+    where = f"on {len(result.task.train):,} training images"
+    if len({finalist.updates_taken for finalist in pruned}) == 1:
+        return f"Every pruned network got the same number of retraining updates (column *retraining*), {where}."
+    asked = {finalist.schedule.retrain_updates for finalist in pruned if finalist.schedule}
+    allowed = f", though all were allowed {asked.pop():,}" if len(asked) == 1 else ""
+    return (
+        f"The pruned networks did not take the same number of retraining updates{allowed}; the column *retraining* "
+        f"counts those taken, {where}."
+    )
+
+
+def training_lines(result: "SearchResult") -> list[str]:
+    """Return one sentence for each training that did not simply run to its end and keep its last weights."""
+    lines = []
+    for finalist in result.finalists:
+        for place, entry in enumerate(finalist.rounds):
+            done, asked = entry.training, entry.retrain_updates
+            if done is None:
+                continue
+            label = finalist.label if len(finalist.rounds) == 1 else f"{finalist.label}, round {place + 1}"
+            kept = f"the weights of update {done.best_update:,} were kept" + (
+                "" if math.isnan(done.best_accuracy) else f" ({_percent(done.best_accuracy)} % on the selection images)"
+            )
+            if finalist.schedule and done.learning_rate < finalist.schedule.retraining.learning_rate:
+                lines.append(
+                    f"{label}: training diverged and began again at the learning rate {done.learning_rate:g}, "
+                    f"{done.updates:,} updates in all where {asked:,} were asked for; {kept}."
+                )
+            elif done.stopped_early:
+                lines.append(f"{label}: training stopped early, after {done.updates:,} of {asked:,} updates; {kept}.")
+            elif done.best_update < asked:
+                lines.append(f"{label}: training ran for all {asked:,} updates; {kept}.")
+    return lines
 
 
 def note_lines(result: "SearchResult") -> list[str]:
@@ -152,8 +193,8 @@ def markdown(result: "SearchResult") -> str:
         f"- *selection*: accuracy on {len(task.selection):,} selection images after all retraining.",
         f"- *test*: accuracy on {len(task.test):,} test images, read {_times(len(task.test.readings))}, "
         "after everything else was decided.",
-        "- Every pruned network got the same number of retraining updates (column *retraining*), "
-        f"on {len(task.train):,} training images.",
+        f"- {updates_line(result)}",
+        *(f"- {line}" for line in training_lines(result)),
         f"- The agent spent {evaluations} of {result.settings.max_evaluations} evaluations (stopped by "
         f"{result.stopped_by}); " + choice,
         f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; "

@@ -18,6 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from ..pruning.artifact import save_pruned, weight_bytes, write_atomically
 from ..pruning.errors import UserError
+from ..pruning.manifest import relative_folder
 from ..pruning.schedule import Built, Schedule
 from ..pruning.task import PruningTask
 from .history import History
@@ -32,6 +33,7 @@ PACKAGES = (
 )  # fmt: skip
 
 BASE = "base.safetensors"
+STARTED_IN = "working_directory"
 STARTED = ("config.yaml", "command.txt", "versions.json", "seeds.json")
 
 
@@ -53,6 +55,8 @@ class RunFolder:
             UserError: The folder holds files already, or cannot be made.
         """
         folder = Path(path)
+        if "\0" in str(path):
+            raise UserError(f"a run folder's name may not hold a zero byte, but got {str(path)!r}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
@@ -89,12 +93,34 @@ class RunFolder:
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
-    def write_start(self, config: str, command: Sequence[str], seeds: Mapping[str, int]) -> None:
-        """Write what decides the run: resolved config (YAML), command, versions, seeds."""
+    def write_start(
+        self, config: str, command: Sequence[str], seeds: Mapping[str, int], started_in: Path | None = None
+    ) -> None:
+        """Write what decides the run: resolved config (YAML), command, versions with the folder it started in, seeds.
+
+        Args:
+            config: As YAML; its paths stay as they were typed.
+            command: Program and arguments.
+            seeds: By purpose.
+            started_in: Folder that relative paths of `config` belong to; the working directory by default. It is
+                written relative to the run folder, so that both may move together.
+        """
         self._write("config.yaml", config)
         self._write("command.txt", shlex.join(command) + "\n")
-        self._write("versions.json", json.dumps(versions(), indent=1) + "\n")
+        place = {STARTED_IN: relative_folder(started_in or Path.cwd(), self.path)}
+        self._write("versions.json", json.dumps({**versions(), **place}, indent=1) + "\n")
         self._write("seeds.json", json.dumps(dict(seeds), indent=1) + "\n")
+
+    @property
+    def started_in(self) -> Path | None:
+        """The folder the run was started in; None where that was not written or is not there."""
+        try:
+            written = json.loads((self.path / "versions.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        place = written.get(STARTED_IN) if isinstance(written, dict) else None
+        folder = self.path / place if isinstance(place, str) and "\0" not in place else None
+        return folder.resolve() if folder is not None and folder.is_dir() else None
 
     def write_base(self, task: PruningTask) -> None:
         """Keep the weights of a network that was trained here, so that a replay starts from the same ones."""

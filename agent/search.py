@@ -206,8 +206,6 @@ def _without_epochs(settings: SearchSettings, examples: int) -> SearchSettings:
 
 def resolve_settings(settings: SearchSettings) -> SearchSettings:
     """Derive the seed of calibration, scoring and retraining from the root seed."""
-    if not isinstance(settings.seed, int) or settings.seed < 0:
-        raise UserError(f"seed must be a whole number from 0, but got {settings.seed!r}")
     repair = replace(settings.trim.repair, seed=derive_seed(settings.seed, "repair"))
     return replace(settings, trim=replace(settings.trim, repair=repair))
 
@@ -310,7 +308,7 @@ def _schedule(trimmer: Trimmer, trim: TrimSettings, plans: list[PruningPlan], *,
     return Schedule(
         rounds=tuple(Round(plan, count) for plan, count in zip(plans, updates, strict=True)),
         repair=trimmer.settings,
-        retraining=replace(trim.retraining, updates=0),
+        retraining=replace(trim.retraining if final else trim.retraining.without_checks(), updates=0),
         seed=trim.repair.seed,
         made_by="agent",
     )

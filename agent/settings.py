@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..envs.trim import TrimSettings
+from ..pruning.checks import check_seed, check_types
 from ..pruning.errors import UserError
 from ..pruning.heuristics import NetworkTrimmingSettings
 from ..pruning.prepare import TaskSettings
@@ -34,7 +35,8 @@ class LearnerSettings:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
         if self.workers < 1 or self.episodes_per_update < 1:
             raise UserError(
                 f"workers and episodes_per_update must be at least 1, but got {self.workers} and "
@@ -55,9 +57,9 @@ class SearchSettings:
         max_evaluations: Scored networks that the agent may spend (the final comparison is not counted).
         max_minutes: Wall-clock limit of the learning phase; 0 = none. The best plan so far is then used.
         candidates: Best plans of the search that are scored again, on the selection split; the best there wins.
-        compare: Whether the heuristics are run to the same budget with the same number of retraining updates.
+        compare: Whether the heuristics are run to the same budget and are allowed the same retraining updates.
         latency_batches: Batch sizes for which the finished networks' forward pass is timed; empty = not timed.
-        seed: Root of all random numbers.
+        seed: Root of all random numbers, in [0, 2**63).
     """
 
     trim: TrimSettings = field(default_factory=TrimSettings)
@@ -71,10 +73,9 @@ class SearchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
-        for name in ("max_evaluations", "candidates"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
-                raise UserError(f"{name} must be a whole number, but got {getattr(self, name)!r}")
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
+        check_seed(self.seed)
         if self.max_evaluations < 1 or self.candidates < 1 or self.max_minutes < 0:
             raise UserError(
                 "max_evaluations and candidates must be at least 1 and max_minutes at least 0, but got "
@@ -113,3 +114,13 @@ class SearchConfig:
     threads: int = 0
     output: str | None = None
     name: str = "search"
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UserError(f"budget must be in (0, 1], but got budget={self.budget}; it is the share to keep")
+        if self.threads < 0:
+            raise UserError(f"threads must be at least 0, but got {self.threads}; 0 leaves the choice to PyTorch")
+        if self.seed is not None:
+            check_seed(self.seed)

@@ -1,7 +1,7 @@
 """`prunegym/Trim-v0`: walk over the channel groups of a network and say how much of each to trim."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..pruning.cost import CostModel
+from ..pruning.checks import check_types
+from ..pruning.cost import UNITS, CostModel
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
 from ..pruning.grouping import find_groups
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
-from ..pruning.schedule import round_seed
+from ..pruning.schedule import round_seed, round_training
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
 from ..pruning.widths import GroupSettings
@@ -39,7 +40,8 @@ class TrimSettings:
         largest_trim: Largest share that one action may trim (rule "ratio").
         retrain_updates: Training updates after each round's cut, inside the episode.
         retraining: How networks are trained after a cut, inside the episode (`retrain_updates` steps a round) and
-            when the finished network is built (`retraining.updates` steps, over and above).
+            when the finished network is built (`retraining.updates` steps, over and above). `check_every` and
+            `patience` hold for the finished network only: no reward depends on the selection split.
         groups: Which groups may be cut, and to which widths.
         repair: Criterion, compensation, calibration and scoring.
         reward: Objective and weights.
@@ -58,7 +60,15 @@ class TrimSettings:
     reward: RewardSettings = field(default_factory=RewardSettings)
 
     def __post_init__(self) -> None:
-        """Refuse combinations without meaning."""
+        """Refuse values of other types or outside their ranges, and combinations without meaning."""
+        check_types(self)
+        if self.budget_unit not in UNITS:
+            raise UserError(f"budget_unit must be one of {', '.join(UNITS)}, but got {self.budget_unit!r}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UserError(
+                f"budget must be in (0, 1], but got budget={self.budget}; it is the share of {self.budget_unit} to keep"
+            )
+        check_types(self.reward)
         if self.rounds < 1 or self.retrain_updates < 0:
             raise UserError(
                 f"rounds must be at least 1 and retrain_updates at least 0, but got {self.rounds} and "
@@ -274,7 +284,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         return self._references[budget]
 
     def _trim(self, subject: Subject, counts: NDArray[np.int64], place: int) -> Trimmed:
-        retraining = replace(self.settings.retraining, updates=self.settings.retrain_updates, epochs=0.0)
+        retraining = round_training(self.settings.retraining, self.settings.retrain_updates, last=False)
         plan = self.trimmer.plan(counts, subject)
         return self.trimmer.trim(plan, subject, retraining=retraining, seed=round_seed(self._seed, place))
 

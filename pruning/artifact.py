@@ -4,7 +4,6 @@ Nothing is traced to read it back: the original network is built by its name (or
 for the smaller ones of the file, and the layers are told their new sizes.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .channel_counts import channel_counts, counts_fit_tensors, set_channel_count
+from .copying import copy_network
 from .errors import UserError
 from .manifest import (
     COPY_AGAIN,
@@ -35,6 +35,7 @@ from .manifest import (
 from .networks import build_network
 from .plan import PruningPlan
 from .surgery import named_tensors
+from .user_code import locate_function
 
 
 def save_pruned(
@@ -55,7 +56,8 @@ def save_pruned(
         plan: What stays of the original network.
         example_shape: (1, C, H, W) shape of one input.
         source: `network`, `network_arguments`, `classes`, `image_shape`, `data`, `mean` and `std`, as `prepare_task`
-            records them; empty for a network that was passed in as an object, which must be passed to `load_pruned`
+            records them, and `started_in`, the folder in which `network` was typed (by default the working directory);
+            empty for a network that was passed in as an object, which must be passed to `load_pruned`
             too.
 
     Raises:
@@ -70,7 +72,8 @@ def save_pruned(
         WEIGHTS: _to_bytes(tensors),
         PLAN: (json.dumps({"keep": plan.to_dict()}) + "\n").encode(),
     }
-    built_by, data = source_of(source)
+    folder = Path(folder)
+    built_by, data = source_of(source, folder)
     manifest = Manifest(
         network=built_by,
         data=data,
@@ -81,7 +84,6 @@ def save_pruned(
         versions=current_versions(),
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )
-    folder = Path(folder)
     files[MANIFEST] = manifest.to_bytes()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,8 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
     """Read what `save_pruned` wrote.
 
     A network of the user's own that was given by name (`module:function`) is imported by that name, which runs the
-    user's module; pass the network, and nothing is imported.
+    user's module: the one in the working directory, else the one in the folder where the name was typed. Pass the
+    network, and nothing is imported.
 
     Args:
         folder: The folder.
@@ -107,6 +110,11 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
     Raises:
         UserError: A file is missing, cut off, altered, or does not fit the network; the file is named.
     """
+    return load_for(folder, network, "load_pruned(folder, network)")
+
+
+def load_for(folder: str | Path, network: nn.Module | None, call: str) -> nn.Module:
+    """Do the work of `load_pruned`; `call` is what an error advises where the network has to be passed in."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     contents = {name: _read(folder / name) for name in (WEIGHTS, PLAN)}
@@ -122,11 +130,9 @@ def load_pruned(folder: str | Path, network: nn.Module | None = None) -> nn.Modu
     if network is not None:
         todo = "pass the architecture that it was cut from"
     elif manifest.network is None:
-        raise UserError(
-            f"the network in {folder} has no name to build it by; pass the original: load_pruned(folder, network)"
-        )
+        raise UserError(f"the network in {folder} has no name to build it by; pass the original: {call}")
     else:
-        network = _build(manifest.network, folder / MANIFEST)
+        network = _build(manifest.network, folder / MANIFEST, call)
         made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
         todo = f"{manifest.network.name!r} or the folder has changed since it was saved (by {made})"
     _check_indices(network, plan, folder / PLAN, todo)
@@ -215,12 +221,12 @@ def _check_indices(network: nn.Module, plan: PruningPlan, path: Path, todo: str)
             )
 
 
-def _build(source: NetworkSource, path: Path) -> nn.Module:
+def _build(source: NetworkSource, path: Path, call: str) -> nn.Module:
     """Build the original network by its name."""
     shape = source.image_shape
     try:
         return build_network(
-            source.name,
+            locate_function(source.name, None if source.started_in is None else path.parent / source.started_in),
             classes=source.classes,
             in_channels=None if shape is None else shape[0],
             image_size=None if shape is None else shape[-1],
@@ -229,9 +235,7 @@ def _build(source: NetworkSource, path: Path) -> nn.Module:
         )
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"the network named in {path} cannot be built: {text}; pass the original: load_pruned(folder, network)"
-        ) from error
+        raise UserError(f"the network named in {path} cannot be built: {text}; pass the original: {call}") from error
 
 
 def _exchanged(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, todo: str) -> nn.Module:
@@ -260,7 +264,7 @@ def _exchanged(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, to
             memo[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
         elif not torch.equal(memo[id(old)], value):
             raise UserError(f"{path} must fit the network, but {name!r}, which is shared, differs there; {todo}")
-    return copy.deepcopy(network, memo)
+    return copy_network(network, memo)
 
 
 def _set_counts(network: nn.Module, smaller: nn.Module, manifest: Manifest, path: Path, todo: str) -> None:

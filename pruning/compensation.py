@@ -5,6 +5,8 @@ W_K ← W_K + B W_S and b ← b + c W_S, in every layer that read a removed chan
 constant in the running mean of the batch norm behind it, where there is one.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, closest
 from .groups import ChannelGroup
-from .layers import FloatArray, as_weight, features_of, input_width, output_dim, weight_matrix
+from .layers import FloatArray, as_weight, features_of, full_size, input_width, output_dim, taps, weight_matrix
 from .least_squares import covariance, solve_mixing
 from .merging import Substitution, find_substitutions
 from .moments import ConsumerStatistics
@@ -33,11 +35,12 @@ class Repair:
 
     Attributes:
         weight: (kept, columns) B W_S, added to the weights of the kept inputs; None for zero.
-        constant: (columns,) c W_S, added to the output; None for zero.
+        constant: (removed inputs,) c, what each input that leaves is on average beyond its stand-in. None: the
+            measured means tell it, where there are any.
     """
 
     weight: FloatArray | None
-    constant: FloatArray | None
+    constant: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,8 @@ class Compensation:
         name: As typed by users.
         repair: What a layer gains for what it lost; None leaves the cut as it is.
         description: One sentence.
-        needs_data: Whether `Loss.statistics` is read, else `Loss.substitutions`.
+        needs_data: Whether `Loss.statistics` is read, else `Loss.substitutions`. Such a method keeps the mean of
+            every output, too.
     """
 
     name: str
@@ -86,19 +90,20 @@ class Compensation:
 
 
 def _fold_mean(loss: Loss) -> Repair:
-    return Repair(None, _times(loss.statistics.mean[loss.removed], loss.weight))
-
-
-def _times(row: FloatArray, matrix: FloatArray) -> FloatArray:
-    """Multiply in torch, whose threads are in use anyway."""
-    return (torch.from_numpy(row) @ torch.from_numpy(matrix)).numpy()
+    return Repair(None)
 
 
 def _least_squares(loss: Loss) -> Repair:
-    moment, mean = covariance(loss.statistics, loss.constant), loss.statistics.mean
-    weight = solve_mixing(moment, loss.kept, loss.removed, loss.weight)
-    constant = _times(mean[loss.removed], loss.weight) - _times(mean[loss.kept], weight) if loss.constant else None
-    return Repair(weight, constant)
+    stats = loss.statistics
+    if not stats.size:
+        warnings.warn(
+            f"a layer reads {len(stats.mean)} features, too many for least squares, and its positions are not even: "
+            "only the means are kept",
+            stacklevel=2,
+        )
+        return Repair(None)
+    moment = covariance(stats, loss.constant)
+    return Repair(solve_mixing(moment, loss.kept, loss.removed, loss.weight, rows=stats.rows))
 
 
 def _merge(loss: Loss) -> Repair:
@@ -108,7 +113,7 @@ def _merge(loss: Loss) -> Repair:
         constant[row] = item.constant
         source = np.searchsorted(loss.kept, item.source[used])
         np.add.at(weight, source, item.ratio[used, None] * loss.weight[row[used]])
-    return Repair(weight, _times(constant, loss.weight))
+    return Repair(weight, constant)
 
 
 COMPENSATIONS: dict[str, Compensation] = {
@@ -205,21 +210,47 @@ def _repair_layer(
     repair: Callable[[Loss], Repair],
     norm: Any,
 ) -> None:
-    features = input_width(old) if evidence.moments is None else len(evidence.moments.mean)
-    removed = features_of(old, removed_inputs, features)
-    kept = np.setdiff1d(np.arange(features), removed)
+    moments = evidence.moments
+    size = (moments.size if moments is not None else 0) or input_width(old)
+    removed = features_of(old, removed_inputs, size)
+    kept = np.setdiff1d(np.arange(size), removed)
     if isinstance(norm, nn.Module) and getattr(norm, "running_mean", None) is None:
         norm = None
     weight = old.weight if outputs is None else old.weight.index_select(output_dim(old), outputs.to(old.weight.device))
-    matrix = weight_matrix(old, weight, features)  # (features, columns)
+    matrix = weight_matrix(old, weight, size)  # (features, columns)
     constant = old.bias is not None or norm is not None
-    gained = repair(Loss(kept, removed, matrix[removed], constant, evidence.moments, evidence.substitutions))
+    gained = repair(Loss(kept, removed, matrix[removed], constant, moments, evidence.substitutions))
     with torch.no_grad():
         if gained.weight is not None:
             new.weight.copy_(as_weight(old, torch.from_numpy(matrix[kept] + gained.weight), new.weight))
-        if gained.constant is not None:
-            shift = gained.constant.reshape(weight.shape[output_dim(old)], -1).sum(1)  # over taps and positions
-            if new.bias is not None:
-                new.bias.add_(torch.from_numpy(shift).to(new.bias))
-            elif norm is not None:
-                norm.running_mean.sub_(torch.from_numpy(shift).to(norm.running_mean))
+        if moments is not None:
+            shift = _mean_lost(old, weight, new, moments, removed_inputs)
+        else:
+            shift = _constants_lost(old, weight, gained.constant, removed_inputs)
+        if new.bias is not None:
+            new.bias.add_(shift.to(new.bias))
+        elif norm is not None:
+            norm.running_mean.sub_(shift.to(norm.running_mean))
+
+
+def _mean_lost(old: Any, weight: Tensor, new: Any, moments: ConsumerStatistics, removed_inputs: IntArray) -> Tensor:
+    """Return (outputs,) how much of every output's mean the new weights miss, tap by tap and position by position."""
+    before, after = (
+        torch.from_numpy(weight_matrix(old, value, full_size(layer)))
+        for value, layer in ((weight, old), (new.weight, new))
+    )
+    mean = torch.from_numpy(moments.mean)
+    kept = np.setdiff1d(np.arange(len(mean)), features_of(old, removed_inputs, len(mean)))
+    return mean @ before - mean[torch.from_numpy(kept)] @ after
+
+
+def _constants_lost(old: Any, weight: Tensor, constant: FloatArray | None, removed_inputs: IntArray) -> Tensor:
+    """Return (outputs,) what constants at the removed inputs put out, away from the border of a map."""
+    matrix = torch.from_numpy(weight_matrix(old, weight, full_size(old)))
+    if constant is None:
+        return matrix.new_zeros(matrix.shape[1])
+    each = taps(old)
+    rows = torch.from_numpy(features_of(old, removed_inputs, len(matrix)))
+    values = torch.from_numpy(constant.repeat(each))
+    meeting = math.prod(old.stride) if getattr(old, "transposed", False) else 1  # only every so many-th tap of an input
+    return values @ matrix[rows] / meeting

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UserError
-from .groups import ChannelGroup
+from .groups import ChannelGroup, IndexArray
 from .tracing import evaluation_mode, hooked
 from .widths import AllowedWidths, GroupSettings
 
@@ -48,7 +48,7 @@ def count_cost(network: nn.Module, example_input: Tensor) -> Cost:
 
     Args:
         network: Comes back untouched.
-        example_input: (1, …) one example; only its first entry along dimension 0 is used.
+        example_input: (1, …) one example; only its first entry along dimension 0 is used, a copy of it.
     """
     executed: dict[str, None] = {}
     leaves = [module for module in network.modules() if not list(module.children())]
@@ -58,7 +58,7 @@ def count_cost(network: nn.Module, example_input: Tensor) -> Cost:
     ]
     counter = FlopCounterMode(display=False)
     with hooked(handles), evaluation_mode(network), torch.no_grad(), counter:
-        network(example_input[:1])
+        network(example_input[:1].clone())
     counted = ("Conv", "Linear", "MultiheadAttention", "Identity", "Dropout", "Flatten")
     return Cost(
         params=sum(parameter.numel() for parameter in network.parameters()),
@@ -89,20 +89,24 @@ class CostModel:
         self.allowed = AllowedWidths(groups, settings)
         self.full = count_cost(network, example_input)
         uses = _uses_per_weight(network, example_input)
-        tensors = dict(network.named_parameters())
-        index = {name: row for row, name in enumerate(tensors)}
-        most = max((tensor.dim() for tensor in tensors.values()), default=1)
+        tensors = list(network.parameters())
+        row_of = {id(tensor): row for row, tensor in enumerate(tensors)}
+        index = {name: row_of[id(tensor)] for name, tensor in network.named_parameters(remove_duplicate=False)}
+        most = max((tensor.dim() for tensor in tensors), default=1)
         sizes = np.ones((len(tensors), most))
         falls = np.zeros((len(tensors), most, len(groups)))
-        for name, tensor in tensors.items():
-            sizes[index[name], : tensor.dim()] = tensor.shape
+        for row, tensor in enumerate(tensors):
+            sizes[row, : tensor.dim()] = tensor.shape
         for column, group in enumerate(groups):
+            entries: dict[tuple[int, int], list[IndexArray]] = {}  # a tensor of several names is in several slices
             for piece in group.slices:
                 if piece.tensor in index:
-                    falls[index[piece.tensor], piece.dim, column] += len(piece.index) / group.width
+                    entries.setdefault((index[piece.tensor], piece.dim), []).append(piece.index)
+            for (row, dim), parts in entries.items():
+                falls[row, dim, column] = len(np.unique(np.concatenate(parts))) / group.width
         self._sizes = sizes
         self._falls = falls
-        self._uses = np.array([uses.get(name, 0) for name in tensors], dtype=np.float64)
+        self._uses = np.array([uses.get(id(tensor), 0) for tensor in tensors], dtype=np.float64)
         self._rest = self.full.macs - round(float(self._uses @ sizes.prod(1)))
 
     def cost(self, counts: Mapping[str, int] | NDArray[np.int64]) -> Cost:
@@ -169,11 +173,14 @@ class CostModel:
             )
 
 
-def _uses_per_weight(network: nn.Module, example_input: Tensor) -> dict[str, int]:
-    """Count, per weight tensor, how often each of its elements is multiplied for one example."""
-    uses: dict[str, int] = {}
+def _uses_per_weight(network: nn.Module, example_input: Tensor) -> dict[int, int]:
+    """Count, per id of a weight tensor, how often each of its elements is multiplied for one example.
+
+    Layers that share a weight add up; a weight that is computed is not among them.
+    """
+    uses: dict[int, int] = {}
     handles = []
-    for name, module in network.named_modules():
+    for module in network.modules():
         if isinstance(module, nn.Linear):
             width = module.out_features
         elif isinstance(module, nn.modules.conv._ConvNd):
@@ -181,16 +188,19 @@ def _uses_per_weight(network: nn.Module, example_input: Tensor) -> dict[str, int
         else:
             continue
 
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+
         def count(
-            module: Any, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, width: int = width
+            module: Any, inputs: tuple[Tensor, ...], output: Tensor, key: int = id(weight), width: int = width
         ) -> None:
             # a transposed convolution uses each weight once per input position, the others per output position
             transposed = getattr(module, "transposed", False)
             tensor, channels = (inputs[0], int(module.in_channels)) if transposed else (output, width)
-            key = f"{name}.weight"
             uses[key] = uses.get(key, 0) + tensor[:1].numel() // channels
 
         handles.append(module.register_forward_hook(count))
     with hooked(handles), evaluation_mode(network), torch.no_grad():
-        network(example_input[:1])
+        network(example_input[:1].clone())
     return uses

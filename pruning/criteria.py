@@ -71,6 +71,7 @@ class Criterion:
 
 
 def _apoz(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """1 − APoZ_c, with APoZ_c = Σ_n Σ_m 1[z_ncm = 0] / (N · M) over N examples and M positions (Hu et al. 2016)."""
     apoz = context.of(group).apoz
     if apoz is None:
         raise UserError(
@@ -81,27 +82,39 @@ def _apoz(group: ChannelGroup, context: RankingContext) -> FloatArray:
 
 
 def _mean_activation(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Σ_n Σ_m z_ncm / (N · M), the mean activation (as compared in Molchanov et al. 2017)."""
     return context.of(group).mean_activation
 
 
 def _taylor_2017(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Θ_c / √(Σ_c Θ_c²), with Θ_c = mean over examples of |Σ_m ∂loss/∂z_cm z_cm / M| (Molchanov et al. 2017).
+
+    The division by the layer's Euclidean norm makes layers comparable; within a group it changes nothing.
+    """
     scores = _measured(context.of(group).taylor_2017)
     return scores / max(float(np.linalg.norm(scores)), 1e-30)
 
 
 def _taylor_2019(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Mean over minibatches of (∂L/∂gate_c)², the gate being one number that multiplies channel c (Molchanov 2019).
+
+    ∂L/∂gate_c = Σ_n Σ_m ∂L/∂z_ncm z_ncm, of the mean loss L of a minibatch; not normalised by layer.
+    """
     return _measured(context.of(group).taylor_2019)
 
 
 def _l1(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Σ |w| over the weights that produce the channel (Li et al. 2017)."""
     return context.of(group).l1
 
 
 def _l2(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """√(Σ w²) over the weights that produce the channel."""
     return context.of(group).l2
 
 
 def _bn_scale(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Σ |γ_c| over the batch norms that scale the channel, one in a plain chain (Liu et al. 2017)."""
     modules = dict(context.network.named_modules(remove_duplicate=False))
     scores, found = np.zeros(group.width), False
     for piece in group.slices:
@@ -119,6 +132,11 @@ def _bn_scale(group: ChannelGroup, context: RankingContext) -> FloatArray:
 
 
 def _least_squares(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Place in a greedy choice, in (0, 1], 1 for the channel chosen first (ours).
+
+    Each next channel lowers Σ tr(W_Sᵀ Σ_S|K W_S) most, summed over the layers that read the group: the squared error
+    that the best affine repair from the kept inputs K leaves of the others S.
+    """
     order = context.greedy_choice(group).order
     scores = np.empty(group.width)
     scores[order] = np.arange(group.width, 0, -1) / group.width
@@ -126,6 +144,7 @@ def _least_squares(group: ChannelGroup, context: RankingContext) -> FloatArray:
 
 
 def _random(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Uniform in [0, 1), from the seed and the group's name."""
     digest = int.from_bytes(group.name.encode()[-8:].rjust(8, b"\0"), "little")
     return np.random.default_rng([context.seed, digest]).random(group.width)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checks import check_seed, check_types
 from .errors import UserError, closest
 from .sources import DATA, Request
 from .splits import (
@@ -93,6 +94,8 @@ class SplitSettings:
     heldout: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_seed(self.seed)
         for field in ("reward", "selection"):
             size = getattr(self, field)
             if not size > 0 or (size >= 1 and size != int(size)):
@@ -206,7 +209,8 @@ def _cut(
     if n_reward + n_selection > len(candidates) or rest < 1:
         raise UserError(
             f"reward and selection must leave images to train on and fit into the {len(candidates)} images "
-            f"{whence} of {name!r}, but got {n_reward} + {n_selection}; ask for fewer"
+            f"{whence} of {name!r}, but got {n_reward} + {n_selection}; "
+            "ask for fewer (--task.splits.reward, --task.splits.selection)"
         )
     order = candidates[stratified_order(labels[candidates], generator)]
     reward, selection = order[:n_reward], order[n_reward : n_reward + n_selection]

@@ -5,8 +5,10 @@ forward pass.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from .groups import (
@@ -40,6 +42,7 @@ class Draft:
         self.counts: list[tuple[str, str, int]] = []  # module, attribute, how much of it the whole group makes up
         self.outputs: dict[str, tuple[nn.Module, IndexArray, IndexArray]] = {}
         self.through: list[str] = []  # grouped convolutions between the group's channels
+        self.hidden: set[int] = set()  # ordinals of activation calls that are not observed
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ class Draft:
         )
 
     def _sites(self, producers: Iterable[str]) -> tuple[ActivationSite, ...]:
-        found = (self._site(call) for call in self.trace.calls)
+        found = (self._site(call) for call in self.trace.calls if call.ordinal not in self.hidden)
         sites = tuple(site for site in found if site is not None)
         if any(site.rectified for site in sites):
             return tuple(site for site in sites if site.rectified)
@@ -118,11 +121,65 @@ class Draft:
         )
 
     def _site(self, call: ActivationCall) -> ActivationSite | None:
-        for name in call.sources:
-            if name not in self.outputs:
-                continue
-            module, channel, index = self.outputs[name]
-            dim = -1 if isinstance(module, CHANNEL_LAST) else 1
-            if len(call.shape) > abs(dim) and call.shape[dim] == self.trace.widths.get(name):
-                return ActivationSite(name, call.ordinal, dim, channel, index, call.rectified)
-        return None
+        """Return where a call shows the group's channels, each in one slot; None where it does not, or otherwise."""
+        slots = self.trace.slots.get(call.ordinal)
+        if slots is None or not call.sources or not self.channel_of.keys() <= slots.known:
+            return None
+        index = np.flatnonzero(np.isin(slots.roots, list(self.channel_of)))
+        channel = np.array([self.channel_of[root] for root in slots.roots[index].tolist()], dtype=np.int64)
+        shown = np.bincount(channel, minlength=self.width)
+        if not len(index) or shown.min() != shown.max():
+            return None
+        name = next((name for name in call.sources if name in self.outputs), call.sources[0])
+        produced = len(self.outputs[name][2]) // self.width if name in self.outputs else 1
+        positions = 1
+        if shown[0] > produced:
+            positions = int(shown[0]) // produced
+            blocks = index.reshape(-1, positions) if shown[0] == produced * positions else index[:0]
+            whole = len(blocks) and len(slots.roots) % positions == 0 and not (blocks[:, 0] % positions).any()
+            merged = slots.dims < self.trace.dims.get(name, 0)  # a flatten, not the same channels twice
+            if not (whole and merged and (channel.reshape(blocks.shape) == channel[::positions, None]).all()):
+                return None
+            index, channel = blocks[:, 0] // positions, channel[::positions]
+        return ActivationSite(name, call.ordinal, slots.dim, channel, index, call.rectified, positions)
+
+    @cached_property
+    def channel_of(self) -> dict[int, int]:
+        """Class of labels -> channel of the group; nothing where the labels see other groups than the draft."""
+        found: dict[int, int] = {}
+        for name in self.producers:
+            _, channel, index = self.outputs[name]
+            roots = self.trace.roots.get(name)
+            if roots is None or (len(index) and index.max() >= len(roots)):
+                return {}
+            for root, number in zip(roots[index].tolist(), channel.tolist(), strict=True):
+                if found.setdefault(root, number) != number:
+                    return {}
+        return found if len(found) == self.width else {}
+
+
+def finish_all(drafts: Sequence[Draft], trace: Trace) -> list[ChannelGroup | RefusedGroup]:
+    """Finish drafts; an activation call is observed by every group with channels in it, in the same slots, or by none.
+
+    After a cut, the slots of one group move with what left of the others.
+    """
+    while True:
+        found = [draft.finish() for draft in drafts]
+        owners: dict[int, int] = {}  # class of labels -> place of its draft
+        observed: dict[int, dict[int, int]] = {}  # call -> place of a draft -> positions that make up a slot
+        for place, (draft, group) in enumerate(zip(drafts, found, strict=True)):
+            if isinstance(group, ChannelGroup):
+                owners.update(dict.fromkeys(draft.channel_of, place))
+                for site in group.sites:
+                    if site.call is not None:
+                        observed.setdefault(site.call, {})[place] = site.positions
+        hidden = {
+            call
+            for call, positions in observed.items()
+            if len(set(positions.values())) > 1
+            or {owners[root] for root in trace.slots[call].known if root in owners} != positions.keys()
+        }
+        if not hidden:
+            return found
+        for draft in drafts:
+            draft.hidden |= hidden

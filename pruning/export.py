@@ -1,7 +1,6 @@
 """A network as one file for other runtimes, which gets its name only after it computes what PyTorch computes."""
 
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artifact import load_pruned, read_manifest
+from .artifact import load_for, read_manifest
+from .copying import copy_network
 from .errors import UserError, closest
 from .manifest import DTYPES
 
@@ -75,9 +75,9 @@ def export_network(
             computes differs. No file is left then, and an older one stays as it was.
     """
     path = Path(path)
-    _check_request(example, path, format, tolerance)
+    _check_request(network, example, path, format, tolerance)
     runtime = _onnx_packages() if format == "onnx" else None
-    network = copy.deepcopy(network).cpu().eval()
+    network = copy_network(network).cpu().eval()
     inputs = example.detach().cpu()[:1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def export_network(
             with _quiet():
                 program = _trace(network, inputs)
                 opset, run = _write(program, inputs, draft, runtime, dict(metadata or {}))
-                difference = _difference(network, run, inputs)
-            _check_difference(difference, tolerance)
+                difference = _difference(network, run, inputs, tolerance)
+            _check_difference(difference, tolerance, format, inputs.dtype)
             size = draft.stat().st_size
             draft.replace(path)
     except OSError as error:
@@ -129,7 +129,8 @@ def export_pruned(
             metadata["std"] = json.dumps(manifest.data.std)
             metadata["input"] = "pixels in [0, 1], minus mean, divided by std, per channel"
     path = Path(folder) / f"pruned{SUFFIXES[format]}" if output is None else Path(output)
-    return export_network(load_pruned(folder, network), example, path, format, tolerance, metadata=metadata)
+    original = load_for(folder, network, "in Python, prunegym.pruning.export.export_pruned(folder, network=network)")
+    return export_network(original, example, path, format, tolerance, metadata=metadata)
 
 
 def _check_format(format: str) -> None:
@@ -137,12 +138,16 @@ def _check_format(format: str) -> None:
         raise UserError(f"format must be one of {', '.join(SUFFIXES)}, but got {format!r}{closest(format, SUFFIXES)}")
 
 
-def _check_request(example: Tensor, path: Path, format: str, tolerance: float) -> None:
+def _check_request(network: nn.Module, example: Tensor, path: Path, format: str, tolerance: float) -> None:
     _check_format(format)
     if path.suffix != SUFFIXES[format]:
         raise UserError(f"a file of format {format!r} must end in {SUFFIXES[format]}, but got {str(path)!r}; rename it")
     if not 0 < tolerance < float("inf"):
         raise UserError(f"tolerance must be above 0, but got {tolerance=}; it is relative to the largest output")
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network must be a torch.nn.Module, but got {type(network).__name__}; pass the network itself")
+    if not isinstance(example, Tensor):
+        raise UserError(f"example must be one input (1, ...) as a tensor, but got {example!r:.80}; pass one image")
     if not example.is_floating_point() or example.dim() < 2 or len(example) < 1:
         raise UserError(
             "example must be one input (1, ...) of a floating-point type, but got "
@@ -227,34 +232,53 @@ def _write(
     return model.model.opset_imports[""], lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
 
-def _difference(network: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    """Return the largest relative difference over batches of random inputs; infinite for other shapes or NaN."""
+def _difference(network: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, tolerance: float) -> float:
+    """Return the largest relative difference over batches of random inputs; infinite for other shapes or NaN.
+
+    Raises:
+        UserError: The file does not take some batch, or the network differs from itself by more than the tolerance.
+    """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for batch in BATCHES:
         x = torch.randn((batch, *inputs.shape[1:]), generator=generator).to(inputs.dtype)
         with torch.no_grad():
             try:
-                expected, got = network(x), run(x)
+                expected, again, got = network(x), network(x), run(x)
             except Exception as error:
                 raise UserError(
                     f"the exported file must take any number of inputs, but stops for {batch}: {_first_line(error)}; "
                     "use another format"
                 ) from error
+        if expected.shape == again.shape and _relative(expected, again) > tolerance and expected.isfinite().all():
+            raise UserError(
+                "a network to export must compute the same from the same input, but two passes in evaluation mode "
+                "differ; take out what draws random numbers or counts its calls"
+            )
         if expected.shape != got.shape:
             return float("inf")
-        scale = max(float(expected.abs().max()), 1e-12)
-        found = float((expected.double() - got.double()).abs().max()) / scale
-        worst = max(worst, found if found == found else float("inf"))
+        worst = max(worst, _relative(expected, got))
     return worst
 
 
-def _check_difference(difference: float, tolerance: float) -> None:
-    if not difference <= tolerance:
-        raise UserError(
-            f"the exported file must compute the network's outputs to {tolerance:g} of their largest, but differs "
-            f"by {difference:.3g}; export a float32 network or raise the tolerance"
-        )
+def _relative(expected: Tensor, got: Tensor) -> float:
+    """Return the largest difference, relative to the largest magnitude expected; infinite for NaN."""
+    found = float((expected.double() - got.double()).abs().max()) / max(float(expected.abs().max()), 1e-12)
+    return found if found == found else float("inf")
+
+
+def _check_difference(difference: float, tolerance: float, format: str, dtype: torch.dtype) -> None:
+    if difference <= tolerance:
+        return
+    ways = ["raise the tolerance"]
+    if format == "onnx":
+        ways.append("use the format 'torch'")
+    if dtype in (torch.float16, torch.bfloat16):
+        ways.insert(0, "export a float32 network")
+    raise UserError(
+        f"the exported file must compute the network's outputs to {tolerance:g} of their largest, but differs "
+        f"by {difference:.3g}; {' or '.join(ways)}"
+    )
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from .operations import (
     SILENT,
     SPATIAL,
 )
-from .tracing import evaluation_mode, hooked, tensors_in
+from .tracing import SMOOTH, evaluation_mode, hooked, rectifies, tensors_in
 
 
 def follow_channels(network: nn.Module, example_input: Tensor) -> Following:
@@ -63,10 +63,17 @@ class _Follower(LayerRules):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self._label(func, args, kwargs, result)
+        if rectifies(func, args, kwargs) or func in SMOOTH:
+            self.found.calls.append((self.get(result), tuple(result.shape)))
+        return result
+
+    def _label(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Put labels beside the results of any call."""
         given, results = list(tensors_in((args, kwargs))), list(tensors_in(result))
         name = getattr(func, "__name__", "an operation")
         if not given or (name in SILENT and not results):
-            return result
+            return
         try:
             known = self._known(func, name, args, kwargs, given, result, results)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
@@ -79,7 +86,6 @@ class _Follower(LayerRules):
             if any(self.get(tensor) is not None for tensor in given):
                 for tensor in results:
                     self.put(tensor, self.labels.frozen(tensor.dim(), reason))
-        return result
 
     def _known(
         self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], result: Any, results: list[Tensor]

@@ -6,7 +6,7 @@ refuse what they do not understand. Either is compiled to the plain index maps o
 trial cut is offered.
 """
 
-import copy
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .comparing import check_repeatable
+from .copying import copy_network
 from .depgraph import graph_drafts
-from .drafts import CONVOLUTIONS, Draft
+from .drafts import CONVOLUTIONS, Draft, finish_all
 from .errors import UserError, closest
 from .groups import ChannelGroup, GroupSurvey, RefusedGroup
 from .label_groups import label_drafts
 from .plan import PruningPlan
-from .surgery import SurgeryError, apply_plan, verify_cut
-from .tracing import Trace, evaluation_mode, tensors_in, trace_forward
+from .surgery import SurgeryError, apply_plan, named_tensors, verify_cut
+from .tracing import Trace, trace_forward
 
 TRIAL_TOLERANCE = 1e-3  # a wrong index map changes outputs by far more, rounding by far less
 Found = list[ChannelGroup | RefusedGroup]
@@ -43,7 +45,8 @@ def find_groups(
         `survey_groups` tells what was refused and why.
 
     Raises:
-        UserError: The network cannot be run or traced, nothing in it can be cut, or a pattern matches nothing.
+        UserError: The network cannot be copied, run or traced, it does not give the same output twice, nothing in it
+            can be cut, or a pattern matches nothing.
     """
     survey = survey_groups(network, example_input, include=include, ignore=ignore)
     if not survey.groups:
@@ -56,18 +59,34 @@ def survey_groups(
     network: nn.Module, example_input: Tensor, *, include: Sequence[str] = (), ignore: Sequence[str] = ()
 ) -> GroupSurvey:
     """Find every channel group, prunable or not. Arguments as for `find_groups`."""
-    work = copy.deepcopy(network).eval()
-    work.requires_grad_(True)
+    devices = [example_input.device] if example_input.is_cuda else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices):  # a traced graph is needed, random numbers not
+        return _survey(network, example_input, include, ignore)
+
+
+def _survey(network: nn.Module, example_input: Tensor, include: Sequence[str], ignore: Sequence[str]) -> GroupSurvey:
+    work = copy_network(network).eval()
+    trial = copy_network(work, {id(tensor): tensor for tensor in named_tensors(work).values()})  # shares all tensors
+    for parameter in work.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     example_input = example_input.detach().clone()  # a network may begin with an in-place operation
     trace = trace_forward(work, example_input.clone())
+    inputs = _trial_input(trial, example_input)
     labelled = _finished(work, label_drafts(work, example_input, trace), trace, include, ignore)
     # on windows and attention by plain functions, as in Swin and MaxViT, the graph would work for many minutes
     graph = None if trace.beyond_graph else _by_graph(work, example_input, trace, include, ignore)
-    inputs = _trial_input(example_input)
-    if graph is not None and _outline(graph) == _outline(labelled) and not _wrong(work, _groups(graph), inputs):
+    if inputs is None:
+        warnings.warn(
+            "the network's outputs are not finite, so that its channel groups could not be proved by a trial cut; "
+            "give an example input on which they are, and verify each cut",
+            UserWarning,
+            stacklevel=4,
+        )
+        found = labelled if graph is None or _outline(graph) != _outline(labelled) else graph
+    elif graph is not None and _outline(graph) == _outline(labelled) and not _wrong(trial, _groups(graph), inputs):
         found = graph
     else:
-        found = _proved(work, labelled, inputs)
+        found = _proved(trial, labelled, inputs)
     return GroupSurvey(
         groups=tuple(_groups(found)),
         refused=tuple(group for group in found if isinstance(group, RefusedGroup)),
@@ -110,14 +129,26 @@ def _finished(
             drafts.append(draft)
     _select(drafts, include, ignore)
     drafts.sort(key=lambda draft: draft.position)
-    return [draft.finish() for draft in drafts]
+    return finish_all(drafts, trace)
 
 
-def _trial_input(example_input: Tensor) -> Tensor:
-    """Return random values of the example's shape: zeros, say, would hide a wrong cut."""
-    if not example_input.is_floating_point():
-        return example_input
-    return torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0)).to(example_input)
+def _trial_input(network: nn.Module, example_input: Tensor) -> Tensor | None:
+    """Return random values of the example's shape: zeros, say, would hide a wrong cut.
+
+    The example itself where random values make outputs that are not finite; None where it does so too.
+
+    Raises:
+        UserError: The network does not give the same output twice.
+    """
+    choices = [example_input]
+    if example_input.is_floating_point():
+        draw = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
+        choices.insert(0, draw.to(example_input))
+    for inputs in choices:
+        outputs = check_repeatable(network, inputs, TRIAL_TOLERANCE)
+        if all(bool(torch.isfinite(output).all()) for output in outputs):
+            return inputs
+    return None
 
 
 def _wrong(network: nn.Module, groups: Sequence[ChannelGroup], inputs: Tensor) -> str:
@@ -126,10 +157,8 @@ def _wrong(network: nn.Module, groups: Sequence[ChannelGroup], inputs: Tensor) -
     Two plans: the first half of every group stays (a split by run-time sizes would then lose channels of one piece
     only), and a random half.
     """
-    with evaluation_mode(network), torch.no_grad():
-        outputs = list(tensors_in(network(inputs.clone())))
-    if not groups or not all(bool(torch.isfinite(output).all()) for output in outputs):
-        return ""  # nothing can be compared
+    if not groups:
+        return ""
     rng = np.random.default_rng(0)
     first = {group.name: range(max(1, group.width // 2)) for group in groups}
     half = {group.name: rng.permutation(group.width)[: max(1, group.width // 2)].tolist() for group in groups}

@@ -74,10 +74,11 @@ class ActivationSite:
         module: The layer whose output, after the activation function, is meant.
         call: Ordinal of the activation function's call within one forward pass, or None where no activation
             function follows and the output of `module` itself is observed.
-        dim: Channel dimension of the observed tensor (1 for maps, -1 for features).
+        dim: Channel dimension of the observed tensor (1 for maps, -1 for features); examples lie along dimension 0.
         channel: (n,) channel of the group behind slot `index[i]`.
         index: (n,) slot along `dim`.
         rectified: Whether the function is a ReLU, so that an exact zero means "inactive" (APoZ is defined).
+        positions: Neighbours along `dim` that make up one slot: the positions of a channel behind a flatten, else 1.
     """
 
     module: str
@@ -86,6 +87,7 @@ class ActivationSite:
     channel: IndexArray
     index: IndexArray
     rectified: bool
+    positions: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,7 @@ def shrink_groups(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[in
     stays = {group.name: ~group.leaving(keep.get(group.name)) for group in groups}
     tensor_gone: dict[tuple[str, int], list[IndexArray]] = {}
     feature_gone: dict[str, list[IndexArray]] = {}
-    slot_gone: dict[tuple[str, int | None], list[IndexArray]] = {}
+    slot_gone: dict[str | int, list[IndexArray]] = {}
     for group in groups:
         mask = stays[group.name]
         for piece in group.slices:
@@ -168,7 +170,7 @@ def shrink_groups(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[in
         for consumer in group.consumers:
             feature_gone.setdefault(consumer.module, []).append(consumer.index[~mask[consumer.channel]])
         for site in group.sites:
-            slot_gone.setdefault((site.module, site.call), []).append(site.index[~mask[site.channel]])
+            slot_gone.setdefault(_shown_at(site), []).append(site.index[~mask[site.channel]])
     result = []
     for group in groups:
         mask = stays[group.name]
@@ -190,7 +192,12 @@ def shrink_groups(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[in
                 width=int(mask.sum()),
                 slices=tuple(moved(piece, tensor_gone[piece.tensor, piece.dim]) for piece in group.slices),
                 consumers=tuple(moved(consumer, feature_gone[consumer.module]) for consumer in group.consumers),
-                sites=tuple(moved(site, slot_gone[site.module, site.call]) for site in group.sites),
+                sites=tuple(moved(site, slot_gone[_shown_at(site)]) for site in group.sites),
             )
         )
     return tuple(result)
+
+
+def _shown_at(site: ActivationSite) -> str | int:
+    """Return what names the tensor observed: several groups may share one, and each call has but one."""
+    return site.module if site.call is None else site.call

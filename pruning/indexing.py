@@ -11,17 +11,27 @@ CHUNK = 2**18
 
 
 def select(value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """Return the entries `kept` of each dimension; a new tensor where any is named.
+    """Return the entries `kept` of each dimension; a new tensor where any is named, of the same memory format.
 
     Args:
         value: Any tensor.
         kept: Dimension -> (n,) int64 positions that stay, ascending.
     """
+    layout = memory_format(value)
     if kept.keys() == {0, 1} and value.numel() > CHUNK:
-        return _select_matrix(value, kept[0].to(value.device), kept[1].to(value.device))
-    for dim in sorted(kept, key=lambda dim: len(kept[dim]) / value.shape[dim]):  # the strongest reduction first
-        value = value.index_select(dim, kept[dim].to(value.device))
-    return value
+        value = _select_matrix(value, kept[0].to(value.device), kept[1].to(value.device))
+    else:
+        for dim in sorted(kept, key=lambda dim: len(kept[dim]) / value.shape[dim]):  # the strongest reduction first
+            value = value.index_select(dim, kept[dim].to(value.device))
+    return value.contiguous(memory_format=layout) if kept else value
+
+
+def memory_format(value: Tensor) -> torch.memory_format:
+    """Return in which order a tensor's entries lie: channels last, or as its dimensions say."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if value.dim() == dims and not value.is_contiguous() and value.is_contiguous(memory_format=layout):
+            return layout
+    return torch.contiguous_format
 
 
 def _select_matrix(value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from .drafts import CONVOLUTIONS, Draft
 from .following import follow_channels
 from .groups import Consumer, IndexArray, TensorSlice
 from .labelling import Following
-from .labels import Labels
-from .tracing import Trace
+from .labels import Labels, compact, varies
+from .tracing import Slots, Trace
 
 
 def label_drafts(network: nn.Module, example_input: Tensor, trace: Trace) -> list[Draft]:
@@ -20,12 +20,14 @@ def label_drafts(network: nn.Module, example_input: Tensor, trace: Trace) -> lis
     Args:
         network: In evaluation mode; it is run once.
         example_input: What `network` takes.
-        trace: From `trace_forward` on the same network.
+        trace: From `trace_forward` on the same network; is told which channels its activation calls show.
 
     Returns:
         One draft per group, and one more per layer some or all of whose channels never leave.
     """
     found = follow_channels(network, example_input)
+    trace.slots = _slots(found)
+    trace.roots = {name: found.labels.roots(labels) for name, labels in found.outputs.items()}
     modules = dict(network.named_modules())
     producers = {
         name: found.labels.roots(labels)
@@ -50,6 +52,23 @@ def label_drafts(network: nn.Module, example_input: Tensor, trace: Trace) -> lis
         if draft.width < 2 and any(len(draft.outputs[name][2]) > 1 for name in draft.producers):
             draft.refuse("all its channels are tied together, by a shuffle, a split or grouped layers")
     return [*drafts, *refused]
+
+
+def _slots(found: Following) -> dict[int, Slots]:
+    """Return, by ordinal, the channels that activation calls show along one dimension."""
+    result = {}
+    for ordinal, (labels, shape) in enumerate(found.calls):
+        if labels is None or len(shape) < 2:
+            continue
+        labels = compact(found.labels.root_tensor(labels))
+        along = varies(labels)
+        if not along:  # one channel
+            along = [next((dim for dim in range(1, len(shape)) if shape[dim] == 1), len(shape) - 1)]
+        if len(along) == 1 and along[0] > 0:
+            dim, dims = along[0], len(shape)
+            roots = labels.reshape(-1).expand(shape[dim]).numpy()
+            result[ordinal] = Slots(-1 if dim == dims - 1 else dim, dims, roots)
+    return result
 
 
 def _bundles(labels: Labels, produced: Iterable[IndexArray]) -> list[list[int]]:

@@ -32,6 +32,7 @@ class Following:
         inputs: Convolution (not grouped) or linear layer -> (n,) labels of its input features.
         counts: (module, attribute, (n,) labels that the attribute counts).
         through: Grouped convolutions, in order of execution.
+        calls: Of each activation call, in order: labels and number of entries by dimension of its result.
     """
 
     labels: Labels
@@ -40,6 +41,7 @@ class Following:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     through: dict[str, None] = field(default_factory=dict)
+    calls: list[tuple[Tensor | None, tuple[int, ...]]] = field(default_factory=list)
 
 
 class Labelling(TorchFunctionMode):

@@ -1,8 +1,8 @@
 """Convolutions and linear layers seen as matrices over the features of their input.
 
-A *feature* is what one column of a layer's input matrix holds. A linear layer has one for each input. A convolution
-has one for each input channel and kernel tap (the patch that one output position reads), or, where that would be too
-many, one for each input channel, shared by the taps. Behind a wide flatten the positions of a channel share one.
+A *feature* is what one column of a layer's input matrix holds, one row for each output position. A linear layer has one
+for each input, a convolution one for each input channel and kernel tap. Where that would be too many for a matrix of
+their moments, neighbours share one: the taps of a channel, or its positions behind a flatten.
 """
 
 import math
@@ -30,6 +30,11 @@ def output_dim(layer: Any) -> int:
 def taps(layer: Any) -> int:
     """Return the number of kernel taps, 1 for a linear layer."""
     return 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
+
+
+def full_size(layer: Any) -> int:
+    """Return the number of features of a layer when none is shared."""
+    return input_width(layer) * taps(layer)
 
 
 def features_of(layer: Any, inputs: NDArray[np.int64], size: int) -> NDArray[np.int64]:
@@ -81,23 +86,46 @@ def as_weight(layer: Any, matrix: Tensor, like: Tensor) -> Tensor:
 def patches(layer: Any, x: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Return what some output positions of a convolution read, (N·positions, in_channels·taps).
 
+    A transposed convolution is read as the convolution it equals: zeros between the inputs, taps reversed.
+
     Args:
-        layer: Convolution (not transposed).
+        layer: Convolution.
         x: (N, in_channels, …) its input.
         most: Output positions taken, the same for each example, drawn at random where there are more.
         generator: Of that draw.
     """
-    padding = layer._reversed_padding_repeated_twice  # the only place that resolves "same"
-    if not isinstance(layer.padding, str):
-        padding = [side for extent in reversed(layer.padding) for side in (extent, extent)]
-    if any(padding):
-        x = nn.functional.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    corners, offsets = _geometry(tuple(x.shape[2:]), layer.kernel_size, layer.stride, layer.dilation)
+    stride, kernel, dilation = layer.stride, layer.kernel_size, layer.dilation
+    if layer.transposed:
+        x = _spread(layer, x)
+        stride = (1,) * len(kernel)
+    else:
+        padding = layer._reversed_padding_repeated_twice  # the only place that resolves "same"
+        if not isinstance(layer.padding, str):
+            padding = [side for extent in reversed(layer.padding) for side in (extent, extent)]
+        if any(padding):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x = nn.functional.pad(x, padding, mode=mode)
+    corners, offsets = _geometry(tuple(x.shape[2:]), kernel, stride, dilation)
+    if layer.transposed:
+        offsets = offsets.flip(0)
     chosen = corners[drawn(len(corners), most, generator)]
     index = (chosen[:, None] + offsets).flatten().to(x.device)
     values = x.flatten(2).index_select(2, index)  # -> (N, C, positions·taps)
     values = values.unflatten(2, (len(chosen), len(offsets))).transpose(1, 2)  # -> (N, positions, C, taps)
     return values.reshape(-1, x.shape[1] * len(offsets))
+
+
+def _spread(layer: Any, x: Tensor) -> Tensor:
+    """Return the input of the stride-1 convolution that a transposed convolution equals."""
+    extents = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *extents)
+    places: Any = (..., *(slice(None, None, step) for step in layer.stride))
+    wide[places] = x
+    sides = []
+    for axis in reversed(range(len(extents))):
+        first = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - layer.padding[axis]
+        sides += [first, first + layer.output_padding[axis]]
+    return nn.functional.pad(wide, sides)
 
 
 @lru_cache(maxsize=256)

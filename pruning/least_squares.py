@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .groups import ChannelGroup
-from .layers import FloatArray, features_of, weight_matrix
+from .layers import FloatArray, features_of, full_size, weight_matrix
 from .moments import ConsumerStatistics
 from .statistics import Statistics
 
 IntArray = NDArray[np.int64]
 
-RELATIVE_RIDGE = 1e-3
-"""Added to the diagonal of Σ_KK, as a share of its mean: makes dead and duplicate channels harmless."""
+RIDGE = 1e-4
+"""Added to the diagonal of the correlation matrix of X_K: makes dead and duplicate channels harmless."""
+
+SHRINKAGE = 0.05
+"""Added likewise, times features / rows: what few rows say of many features is not believed."""
 
 GREEDY_STEPS = 64
 """Most selection steps for one group: a wider group takes several channels a step, those of highest gain."""
@@ -51,13 +54,23 @@ def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Stati
     for consumer in group.consumers:
         layer: Any = network.get_submodule(consumer.module)
         stats = statistics.consumers[consumer.module]
-        size = len(stats.mean)
-        matrix = torch.from_numpy(weight_matrix(layer, layer.weight, size))
         inputs = [consumer.index[consumer.channel == channel] for channel in range(group.width)]
-        features = tuple(features_of(layer, own, size) for own in inputs)
+        if not stats.size:
+            problems.append(_uncorrelated(layer, stats, inputs))
+            continue
+        matrix = torch.from_numpy(weight_matrix(layer, layer.weight, stats.size))
+        features = tuple(features_of(layer, own, stats.size) for own in inputs)
         constant = layer.bias is not None or consumer.norm is not None
         problems.append(ConsumerProblem(covariance(stats, constant), (matrix @ matrix.T).numpy(), features))
     return problems
+
+
+def _uncorrelated(layer: Any, stats: ConsumerStatistics, inputs: Sequence[IntArray]) -> ConsumerProblem:
+    """Stand in for a problem without covariance: each channel loses its own variance times its squared weights."""
+    size = full_size(layer)
+    lost = stats.variance * np.square(weight_matrix(layer, layer.weight, size)).sum(1)
+    own = np.diag([float(lost[features_of(layer, each, size)].sum()) for each in inputs])
+    return ConsumerProblem(np.eye(len(inputs)), own, tuple(np.array([channel]) for channel in range(len(inputs))))
 
 
 def covariance(stats: ConsumerStatistics, constant: bool) -> FloatArray:
@@ -70,32 +83,42 @@ def solve_mixing(
     kept: IntArray,
     removed: IntArray,
     weight: FloatArray | None = None,
+    *,
+    rows: int | None = None,
 ) -> FloatArray:
     """Return B = (Σ_KK + ridge)⁻¹ Σ_KS; falls back to a pseudo-inverse with a warning.
+
+    The ridge is `RIDGE` + `SHRINKAGE` · features / rows, in units of each feature's own variance: scaling a feature and
+    its weights changes nothing.
 
     Args:
         moment: (F, F) Σ.
         kept: K.
         removed: S.
         weight: (removed, columns) W_S; when given, B W_S (kept, columns) is returned instead of B.
+        rows: Number of rows that Σ was estimated from; None = Σ is exact.
     """
     # in torch throughout: numpy's own BLAS threads, spinning beside PyTorch's, made this 20 times slower
     moments, keep, gone = torch.from_numpy(moment), torch.from_numpy(kept), torch.from_numpy(removed)
-    rows = moments.index_select(0, keep)
-    block, right = rows.index_select(1, keep), rows.index_select(1, gone)
+    lines = moments.index_select(0, keep)
+    block, right = lines.index_select(1, keep), lines.index_select(1, gone)
+    scale = block.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, 1 / scale, 0.0)[:, None]  # a dead feature takes no part
+    block *= scale
+    block *= scale.T
     late = weight is not None and weight.shape[1] > len(removed)  # fewer right-hand sides: multiply afterwards
     if weight is not None and not late:
         right = right @ torch.from_numpy(weight)
-    ridge = RELATIVE_RIDGE * max(float(block.trace()) / len(kept), 1e-30)
-    block.diagonal().add_(ridge)
+    block.diagonal().add_(RIDGE + (SHRINKAGE * len(kept) / max(rows, 1) if rows is not None else 0.0))
     factor, failed = torch.linalg.cholesky_ex(block)
     if int(failed):
         warnings.warn(
             f"the least-squares system of {len(kept)} features is singular; its pseudo-inverse is used", stacklevel=2
         )
-        solution = torch.linalg.pinv(block, hermitian=True) @ right
+        solution = torch.linalg.pinv(block, hermitian=True) @ (scale * right)
     else:
-        solution = torch.cholesky_solve(right, factor)
+        solution = torch.cholesky_solve(scale * right, factor)
+    solution *= scale
     return (solution @ torch.from_numpy(weight) if late and weight is not None else solution).numpy()
 
 

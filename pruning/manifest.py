@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -34,12 +35,15 @@ class NetworkSource:
         arguments: Its keyword arguments.
         classes: Number of outputs, or None where the name decides.
         image_shape: Channels, height and width of an image, or None where unknown.
+        started_in: For a function of the user's own, the folder in which its name was typed, relative to the saved
+            folder, so that both may move together; None elsewhere.
     """
 
     name: str
     arguments: dict[str, Any]
     classes: int | None
     image_shape: tuple[int, ...] | None
+    started_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Manifest:
                 arguments=network.get("arguments", _is_mapping, "a mapping"),
                 classes=network.get("classes", _optional(_is_count), "a positive whole number or null"),
                 image_shape=_tuple(network.get("image_shape", _optional(_is_shape), "three positive numbers or null")),
+                started_in=network.get("started_in", _optional(_is_text), "a folder or null", needed=False),
             ),
             data=None if dataset is None else DataSource(
                 name=dataset.get("name", _is_text, "a text"),
@@ -161,8 +166,8 @@ def current_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def source_of(source: Mapping[str, Any]) -> tuple[NetworkSource | None, DataSource | None]:
-    """Pick what a manifest keeps of a task's `source`; (None, None) for a network that was given as an object."""
+def source_of(source: Mapping[str, Any], folder: Path) -> tuple[NetworkSource | None, DataSource | None]:
+    """Pick what a manifest in `folder` keeps of a task's `source`; (None, None) where the network was an object."""
     if "network" not in source:
         return None, None
     shape, mean, std = (source.get(key) for key in ("image_shape", "mean", "std"))
@@ -171,11 +176,20 @@ def source_of(source: Mapping[str, Any]) -> tuple[NetworkSource | None, DataSour
         arguments=dict(source.get("network_arguments") or {}),
         classes=source.get("classes"),
         image_shape=None if shape is None else tuple(int(size) for size in shape),
+        started_in=relative_folder(source.get("started_in", "."), folder) if ":" in source["network"] else None,
     )
     if "data" not in source:
         return network, None
     statistics = (None if values is None else tuple(float(value) for value in values) for values in (mean, std))
     return network, DataSource(source["data"], *statistics)
+
+
+def relative_folder(target: str | Path, folder: Path) -> str:
+    """Return `target` as seen from `folder`, with forward slashes; absolute where no relative path leads there."""
+    try:
+        return Path(os.path.relpath(Path(target).resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive
+        return str(Path(target).resolve())
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,9 @@ class _Entry:
     path: Path
     within: str = ""
 
-    def get(self, key: str, fits: Callable[[Any], bool], what: str) -> Any:
+    def get(self, key: str, fits: Callable[[Any], bool], what: str, needed: bool = True) -> Any:
+        if not needed and isinstance(self.content, dict) and key not in self.content:
+            return None
         if not isinstance(self.content, dict) or key not in self.content:
             raise UserError(f"{self.path} must hold {self.within + key!r}, but does not; {COPY_AGAIN}")
         value = self.content[key]

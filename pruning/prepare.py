@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .artifact import weight_bytes, write_atomically
+from .checks import check_seed, check_types
 from .data import DataSplits, SplitSettings, TensorSplit, load_data
 from .errors import UserError
 from .networks import build_network
 from .retraining import RetrainSettings, retrain
 from .task import PruningTask
+from .user_code import locate, locate_function
 from .weights import load_weights
 
 RECIPE = 1
@@ -64,6 +66,25 @@ class TaskSettings:
     training: RetrainSettings = field(default_factory=RetrainSettings)
     metric: str = "accuracy"
 
+    def __post_init__(self) -> None:
+        """Refuse values of other types."""
+        check_types(self)
+
+    def located(self, folder: Path | None) -> "TaskSettings":
+        """Return the settings with relative paths that only exist below `folder` put there."""
+        if folder is None:
+            return self
+        heldout = self.splits.heldout
+        return dataclasses.replace(
+            self,
+            network=locate_function(self.network, folder),
+            weights=None if self.weights is None else locate(self.weights, folder),
+            data_root=None if self.data_root is None else locate(self.data_root, folder),
+            splits=self.splits if heldout is None else dataclasses.replace(
+                self.splits, heldout=locate(heldout, folder)
+            ),
+        )  # fmt: skip
+
 
 def cache_folder() -> Path:
     """Return the user's cache folder, `$XDG_CACHE_HOME/prunegym` or `~/.cache/prunegym`."""
@@ -77,19 +98,23 @@ def prepare_task(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     check: Callable[[nn.Module, Tensor], None] | None = None,
+    folder: Path | None = None,
 ) -> PruningTask:
     """Load data and network, train it if no weights are given, and check the whole.
 
     Args:
         settings: What to load.
-        seed: Of the initial weights and the training.
+        seed: Of the initial weights and the training, in [0, 2**63).
         device: Where training and the task run, e.g. "cpu" or "cuda".
         progress: Called with the number of training updates done.
         check: Called with the network before it is trained, and one input (1, C, H, W); may refuse the request.
+        folder: Where relative paths of the settings are looked for that the working directory does not have.
 
     Raises:
         UserError: Anything the user asked for does not exist or does not fit.
     """
+    check_seed(seed)
+    typed, settings = settings, settings.located(folder)
     data = load_data(
         settings.data,
         root=settings.data_root,
@@ -113,11 +138,12 @@ def prepare_task(
     if settings.weights is not None:
         load_weights(network, settings.weights)
     source = {
-        **dataclasses.asdict(settings), "seed": seed, "classes": data.classes, "image_shape": data.image_shape,
+        **dataclasses.asdict(typed), "started_in": str(folder or Path.cwd()), "seed": seed,
+        "classes": data.classes, "image_shape": data.image_shape,
         "mean": list(data.mean), "std": list(data.std),
     }  # fmt: skip
     task = PruningTask.from_data(  # also checks network and data before any training
-        network, data, metric=settings.metric, name=f"{settings.network} on {settings.data}", source=source
+        network, data, metric=settings.metric, name=f"{typed.network} on {typed.data}", source=source
     )
     if settings.weights is None:
         _trained(network, data, settings, seed, device, progress)

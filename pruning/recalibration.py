@@ -17,13 +17,14 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
 
     Args:
         network: Changed in place; only running statistics change, modes come back.
-        batches: Inputs (N, …), or pairs of which the first is taken.
+        batches: Inputs (N, …), which are not changed, or pairs of which the first is taken.
 
     Returns:
         Number of batch norms re-estimated (0: nothing to do, no data is read).
 
     Raises:
-        UserError: Fewer than `BATCH_NORM_SAMPLES` examples came; the statistics are left as they were.
+        UserError: Fewer than `BATCH_NORM_SAMPLES` examples came, or some that are NaN or infinite, or make an
+            activation so; the statistics are left as they were.
     """
     norms = [
         module
@@ -47,12 +48,22 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
                 first = first or len(inputs)
                 if 2 * len(inputs) < first:
                     continue  # every batch weighs the same in a cumulative average: a short last one is left out
+                if not bool(torch.isfinite(inputs).all()):
+                    raise UserError(
+                        "batch norm must be recalibrated on finite images, but some are NaN or infinite; "
+                        "leave them out or repair them"
+                    )
                 samples += len(inputs)
-                network(inputs)
+                network(inputs.clone())  # a network may begin in place
             if samples < BATCH_NORM_SAMPLES:
                 raise UserError(
                     f"batch norm needs at least {BATCH_NORM_SAMPLES} examples to be recalibrated, but got {samples}; "
                     "give more calibration data"
+                )
+            if not all(bool(torch.isfinite(buffer).all()) for buffer, _ in earlier):
+                raise UserError(
+                    "activations must be finite for batch norm to be recalibrated, but some are NaN or infinite; "
+                    "use a wider floating-point type or repair the weights"
                 )
         except BaseException:
             for buffer, value in earlier:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from .checks import check_types
 from .errors import UserError, closest
 from .optimizer_state import OptimizerState
 
@@ -37,7 +38,7 @@ class RetrainSettings:
         channels_last: Whether 4-D weights and images lie channels last while training (faster convolutions on GPUs).
         check_every: Updates between two scores on the selection split, all of which is read each time; the last
             step is always scored as well, and the best-scoring weights are kept. 0 = no scores, the last weights
-            are kept.
+            are kept. Of a pruning schedule only the training after the last cut is scored.
         patience: Scores in a row without improvement after which training stops; 0 = it runs to the end.
         carry_state: Whether training goes on from the optimizer state given, such as the momentum an earlier round
             left, sliced with the cut, and hands its own on. Costs as much memory as the parameters (SGD) or twice
@@ -66,6 +67,7 @@ class RetrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
+        check_types(self)
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known:
@@ -79,7 +81,7 @@ class RetrainSettings:
             raise UserError(
                 f"retraining needs updates >= 0 and batch_size >= 2, but got {self.updates} and {self.batch_size}"
             )
-        if not (math.isfinite(self.epochs) and self.epochs >= 0):
+        if self.epochs < 0:
             raise UserError(f"epochs must be a number from 0, but got {self.epochs}; it counts passes over the data")
         if self.updates and self.epochs:
             raise UserError(
@@ -95,12 +97,19 @@ class RetrainSettings:
                 f"patience counts scores on the selection split, but got patience={self.patience} and check_every=0; "
                 "set check_every to the number of updates between two scores"
             )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+        if not self.learning_rate > 0:
             raise UserError(f"learning_rate must be positive, but got {self.learning_rate}")
         if not 0 <= self.distillation <= 1:
             raise UserError(f"distillation must be in [0, 1], but got {self.distillation}; it is a share of the loss")
         if not (0 <= self.momentum < 1 and 0 <= self.label_smoothing < 1 and self.temperature > 0):
-            raise UserError("momentum and label_smoothing must be in [0, 1) and temperature positive")
+            raise UserError(
+                "momentum and label_smoothing must be in [0, 1) and temperature positive, but got "
+                f"{self.momentum}, {self.label_smoothing} and {self.temperature}"
+            )
+
+    def without_checks(self) -> "RetrainSettings":
+        """Return the settings without scores on the selection split and the early stop that needs them."""
+        return replace(self, check_every=0, patience=0)
 
     def resolved(self, examples: int) -> "RetrainSettings":
         """Return the settings with epochs turned into updates, to the nearest whole number, at least one.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_seed
 from .data import Batch, Split, augment_crop_flip
 from .errors import UserError
 from .evaluation import Score, evaluate
@@ -70,6 +71,9 @@ def retrain(
 ) -> RetrainResult:
     """Train `network` in place and leave it in evaluation mode, without gradients.
 
+    Parameters with `requires_grad` off stay as they are, unless all have it off: such a network, frozen for inference,
+    is trained whole. The flags are as before afterwards.
+
     A loss, a score or a weight that is not finite restarts from the weights and the optimizer state given, at a
     quarter of the rate, with a warning. With `settings.check_every` the network is scored now and then and ends with
     the weights of the highest accuracy, of these the lowest loss. The weights given are no candidate: fresh from a
@@ -91,8 +95,9 @@ def retrain(
 
     Raises:
         UserError: Distillation without a teacher, scores without a selection split, a state that does not fit the
-            network, or training diverges four times.
+            network, a seed outside [0, 2**63), or training diverges four times.
     """
+    check_seed(seed)
     settings = settings.resolved(len(split))
     if not settings.updates:
         return RetrainResult(0, math.nan, settings.learning_rate)
@@ -106,7 +111,7 @@ def retrain(
     job = _Job(network, split, seed, teacher, selection, metric, state if settings.carry_state else None, progress)
     start = copy.deepcopy(network.state_dict())
     spent = 0
-    with _channels_last(network) if settings.channels_last else nullcontext():
+    with _flags_kept(network), _channels_last(network) if settings.channels_last else nullcontext():
         for attempt in range(4):
             rate = settings.learning_rate / 4**attempt
             with torch.random.fork_rng(), nullcontext() if teacher is None else evaluation_mode(teacher):
@@ -216,6 +221,17 @@ def _check(job: _Job, settings: RetrainSettings) -> Score:
 
 def _state(job: _Job, settings: RetrainSettings, optimizer: torch.optim.Optimizer) -> OptimizerState | None:
     return capture(optimizer, job.network) if settings.carry_state else None
+
+
+@contextmanager
+def _flags_kept(network: nn.Module) -> Iterator[None]:
+    """Give every parameter its `requires_grad` back on leaving."""
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

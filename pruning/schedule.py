@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from .checks import SEEDS, check_seed
 from .cost import Cost
 from .errors import UserError, closest
 from .evaluation import Score
 from .plan import PruningPlan
-from .retraining import RetrainSettings
-from .trimmer import RepairSettings, Trimmer
+from .retraining import RetrainResult, RetrainSettings
+from .trimmer import RepairSettings, Trimmed, Trimmer
 
 FORMAT = 1
 
@@ -44,12 +45,13 @@ class Schedule:
         rounds: First to last; each keeps a subset of the one before.
         repair: How cuts are repaired.
         retraining: How the network is trained after a cut; `updates` is taken from each round, `epochs` must be 0.
-            With `carry_state` the optimizer's momentum goes through the cuts from round to round.
-        seed: Root of the training's random numbers.
+            With `carry_state` the optimizer's momentum goes through the cuts from round to round. `check_every` and
+            `patience` hold for the last round only: no other network is finished.
+        seed: Root of the training's random numbers, in [0, 2**63).
         made_by: Who made it, e.g. "agent" or "network_trimming".
 
     Raises:
-        UserError: `retraining` counts epochs.
+        UserError: `retraining` counts epochs, or the seed is no whole number in its range.
     """
 
     rounds: tuple[Round, ...]
@@ -59,7 +61,8 @@ class Schedule:
     made_by: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse epochs: rounds count updates."""
+        """Refuse epochs, as rounds count updates, and a seed that no generator takes."""
+        check_seed(self.seed, "the seed of a schedule")
         if self.retraining.epochs:
             raise UserError(
                 "the rounds of a schedule count updates, so its retraining must have epochs 0, but got "
@@ -114,7 +117,7 @@ class Schedule:
             tuple(rounds),
             repair=_settings(RepairSettings, data.get("repair", {}), "repair"),
             retraining=_settings(RetrainSettings, data.get("retraining", {}), "retraining"),
-            seed=_whole(data.get("seed", 0), "the seed of a schedule"),
+            seed=data.get("seed", 0),
             made_by=str(data.get("made_by", "")),
         )
 
@@ -135,7 +138,7 @@ class Schedule:
             raise UserError(f"a schedule file must be readable, but {path} is not: {error.strerror}") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"a schedule must be JSON, but {path} is not: {error}") from error
 
 
@@ -148,7 +151,8 @@ class BuiltRound:
         after_trim: Score on the reward images after cut and repair.
         after_retraining: Score after the round's training (the same where there was none).
         cost: Cost after the cut.
-        retrain_updates: Optimizer steps asked for; patience may have ended them early.
+        retrain_updates: Optimizer steps asked for.
+        training: What the training did, without the optimizer's state; None where there was none.
     """
 
     widths: dict[str, int]
@@ -156,6 +160,23 @@ class BuiltRound:
     after_retraining: Score
     cost: Cost
     retrain_updates: int
+    training: RetrainResult | None = None
+
+    @classmethod
+    def of(cls, trimmed: Trimmed, after_trim: Score, asked: int) -> "BuiltRound":
+        """Record a round that ended as `trimmed`, scored `after_trim` before the `asked` steps of training."""
+        training = None if trimmed.retraining is None else dataclasses.replace(trimmed.retraining, state=None)
+        return cls(trimmed.plan.counts, after_trim, trimmed.score, trimmed.cost, asked, training)
+
+    @property
+    def updates_taken(self) -> int:
+        """Optimizer steps that were taken: fewer than asked for where patience ended, more after a divergence."""
+        return self.training.updates if self.training else 0
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience ended the training."""
+        return self.training is not None and self.training.stopped_early
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +191,11 @@ class Built:
     def cost(self) -> Cost:
         """Cost of the finished network."""
         return self.rounds[-1].cost
+
+    @property
+    def updates_taken(self) -> int:
+        """Optimizer steps that were taken over all rounds."""
+        return sum(entry.updates_taken for entry in self.rounds)
 
 
 def build(
@@ -191,19 +217,30 @@ def build(
         trimmed = trimmer.trim(relative, subject, verify=verify)
         after_trim = trimmed.score
         if entry.retrain_updates:
-            settings = dataclasses.replace(schedule.retraining, updates=entry.retrain_updates)
+            settings = round_training(
+                schedule.retraining, entry.retrain_updates, last=place + 1 == len(schedule.rounds)
+            )
             tell = (lambda done, before=spent: progress(before + done)) if progress else None
             trimmed = trimmer.retrain(trimmed, settings, seed=round_seed(schedule.seed, place), progress=tell)
             spent += entry.retrain_updates
-        records.append(BuiltRound(trimmed.plan.counts, after_trim, trimmed.score, trimmed.cost, entry.retrain_updates))
+        records.append(BuiltRound.of(trimmed, after_trim, entry.retrain_updates))
         if place + 1 < len(schedule.rounds):
             subject = trimmer.examine_trimmed(trimmed)
     return Built(trimmed.network, schedule, tuple(records))
 
 
 def round_seed(seed: int, place: int) -> int:
-    """Return the seed of the training after round `place`."""
-    return seed * 1009 + place
+    """Return the seed of the training after round `place`, in [0, 2**63)."""
+    return (seed * 1009 + place) % SEEDS
+
+
+def round_training(retraining: RetrainSettings, updates: int, *, last: bool) -> RetrainSettings:
+    """Return how one round is trained: `updates` steps, scored on the selection split only after the last cut.
+
+    A search is paid for, and a heuristic measures, what earlier rounds leave; neither may depend on that split.
+    """
+    settings = dataclasses.replace(retraining, updates=updates, epochs=0.0)
+    return settings if last else settings.without_checks()
 
 
 def _settings(kind: Any, data: Any, where: str) -> Any:

@@ -27,16 +27,17 @@ class GroupStatistics:
     """Statistics of one channel group; every array is (width,) float64.
 
     Attributes:
-        apoz: Average percentage of zeros in [0, 1], high = weak (Hu et al. 2016, equation 1); the mean over the
-            places where a ReLU shows the channels. None where no ReLU follows.
-        mean_activation: Mean over examples and positions.
-        taylor_2017: Mean over examples of |mean over positions of gradient × activation| (Molchanov et al. 2017,
-            equation 8), summed over the places that show the channels; not yet normalised by layer. None if
-            measured without gradients.
-        taylor_2019: Mean over examples of (sum over positions of gradient × activation)² (Molchanov et al. 2019,
-            gate form), summed likewise. None if measured without gradients.
-        l1: Sum of |weights| over the producers of the channel.
-        l2: Euclidean norm over the producers' weights of the channel.
+        apoz: Average percentage of zeros in [0, 1], high = weak (Hu et al. 2016): Σ_n Σ_m 1[z_nm = 0] / (N · M) over
+            N examples and M positions; the mean over the places where a ReLU shows the channels. None where no ReLU
+            follows.
+        mean_activation: Σ_n Σ_m z_nm / (N · M), the mean over places and over the runs of a layer that runs often.
+        taylor_2017: Σ_n |Σ_m g_nm z_nm / M| / N with g_nm = ∂loss_n / ∂z_nm (Molchanov et al. 2017), summed over the
+            places that show the channels; not yet normalised by layer. None if measured without gradients.
+        taylor_2019: (Σ_n Σ_m ∂L/∂z_nm z_nm)² of the mean loss L of a minibatch, averaged over minibatches by their
+            size (Molchanov et al. 2019, a gate), summed likewise. It depends on the batch size: the larger, the less
+            the noise of single examples adds. None if measured without gradients.
+        l1: Σ |w| over the producers' weights of the channel (Li et al. 2017).
+        l2: √(Σ w²) over the same.
     """
 
     apoz: FloatArray | None
@@ -78,22 +79,24 @@ def measure(
     Args:
         network: Comes back as it was (modes, `requires_grad`, hooks); gradients of parameters are not computed.
         groups: Its channel groups.
-        batches: Pairs of inputs (N, …) and class indices (N,). The loss of the Taylor criteria is the cross-entropy.
+        batches: Pairs of inputs (N, …), which are not changed, and class indices (N,). The loss of the Taylor criteria
+            is the cross-entropy.
         gradients: Whether to run the backward pass that Taylor needs.
         grams: Whether to gather the second moments that least squares needs.
         positions: Positions of an example that enter the second moments; all where there are fewer.
 
     Raises:
-        UserError: No batch came, or the network's output is not finite.
+        UserError: No batch came; the network's output is no tensor or not finite; or gradients were asked for and
+            cannot be had, for inputs that are no floating-point numbers or a network that runs under `no_grad`.
     """
     places = sorted({_place(site) for group in groups for site in group.sites}, key=str)
     rectified = {_place(site) for group in groups for site in group.sites if site.rectified}
-    watch = {place: _SiteSums(place[2], place in rectified) for place in places}
+    watch = {place: _SiteSums(place[2], place[3], place in rectified, gradients) for place in places}
     by_call = {place[0]: place for place in places if place[0] is not None}
     modules = dict(network.named_modules(remove_duplicate=False))
     readers = {c.module: c for group in groups for c in group.consumers} if grams else {}
     grams_of = {
-        name: MomentSums(modules[name], feature_count(modules[name], consumer), positions)
+        name: MomentSums(name, modules[name], feature_count(modules[name], consumer), positions)
         for name, consumer in readers.items()
     }
     handles = [modules[name].register_forward_pre_hook(sums.hook) for name, sums in grams_of.items()]
@@ -116,18 +119,26 @@ def measure(
         network.requires_grad_(False)
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         for inputs, labels in batches:
-            if gradients:
-                inputs = inputs.detach().requires_grad_(True)
+            inputs = _prepared(inputs, gradients)
+            for sums in watch.values():
+                sums.examples = len(inputs)
             with ActivationMode(observe):
                 logits = network(inputs)
+            if not isinstance(logits, Tensor):
+                raise UserError(
+                    f"the network must return a tensor of logits (N, classes), but it returns a "
+                    f"{type(logits).__name__}; wrap it in a module that returns the logits alone"
+                )
             if not bool(torch.isfinite(logits).all()):
                 raise UserError("the network's outputs must be finite, but some are NaN or infinite")
             if gradients:
                 loss = F.cross_entropy(logits, labels, reduction="sum")  # so that each example's gradient is its own
+                if not loss.requires_grad:
+                    raise _no_gradient("its output")
                 loss.backward()
                 total_loss += float(loss.detach())
             for sums in watch.values():
-                sums.finish()
+                sums.release()
             examples += len(inputs)
     if not examples:
         raise UserError("statistics need at least one batch of data, but none came")
@@ -140,25 +151,46 @@ def measure(
     )
 
 
-Place = tuple[int | None, str, int]
+def _prepared(inputs: Tensor, gradients: bool) -> Tensor:
+    """Return a copy, as a network may begin in place; with gradients one that is no leaf, which may not be changed."""
+    if not gradients:
+        return inputs.detach().clone()
+    if not inputs.is_floating_point():
+        raise UserError(
+            f"gradients need inputs of floating-point numbers, but got {inputs.dtype}; "
+            "measure with gradients=False, for criteria other than Taylor's"
+        )
+    return inputs.detach().requires_grad_(True).clone()
+
+
+def _no_gradient(place: str) -> UserError:
+    return UserError(
+        f"gradients must flow through the network, but none reaches {place}: a part of it runs under torch.no_grad or "
+        "detaches its result; remove that, or measure with gradients=False, for criteria other than Taylor's"
+    )
+
+
+Place = tuple[int | None, str, int, int]
 
 
 def _place(site: ActivationSite) -> Place:
-    return (site.call, site.module if site.call is None else "", site.dim)
+    return (site.call, site.module if site.call is None else "", site.dim, site.positions)
 
 
 @dataclass
 class _SiteSums:
-    """Sums over examples at one observed tensor, per slot of its channel dimension."""
+    """Sums over examples and runs at one observed tensor, per slot of its channel dimension."""
 
     dim: int
+    positions: int  # neighbours along `dim` that make up one slot
     rectified: bool
+    gradients: bool
+    examples: int = 1  # of the batch
+    seen: int = 0  # examples × runs
     zeros: Any = 0.0
     activation: Any = 0.0
     taylor_2017: Any = 0.0
     taylor_2019: Any = 0.0
-    positions: int = 0
-    pending: list[Tensor] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -166,19 +198,24 @@ class _SiteSums:
 
     def see(self, output: Tensor) -> None:
         values = self._slots(output.detach())  # -> (N, slots, positions)
-        self.positions = values.shape[2]
+        positions = values.shape[2]
         exact = torch.promote_types(values.dtype, torch.float32)
         if self.rectified:  # nothing is negative: the signs count what is not zero, faster than a comparison would
             active = values.sign().sum(2, dtype=exact).double()  # (N, slots), whole numbers
-            self.zeros = self.zeros + (self.positions - active).sum(0)
-        self.activation = self.activation + values.sum(2, dtype=exact).double().sum(0)
+            self.zeros = self.zeros + (1 - active / positions).sum(0)
+        self.activation = self.activation + values.sum(2, dtype=exact).double().sum(0) / positions
+        self.seen += len(values)
+        if self.gradients and not torch.is_grad_enabled():
+            raise _no_gradient("an activation of its channel groups")
         if output.requires_grad:
             version = output._version
 
             def receive(gradient: Tensor, output: Tensor = output, version: int = version) -> None:
                 if output._version != version:
                     raise UserError("an activation is overwritten in place after it was observed; use a copy there")
-                self.pending.append(self._slots(gradient * output.detach()).sum(2))  # -> (N, slots)
+                product = self._slots(gradient * output.detach()).sum(2).double()  # -> (N, slots)
+                self.taylor_2017 = self.taylor_2017 + (product / positions).abs().sum(0)
+                self.taylor_2019 = self.taylor_2019 + product.sum(0).square() / len(product)
 
             self.handles.append(output.register_hook(receive))
 
@@ -187,19 +224,17 @@ class _SiteSums:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.pending.clear()
-
-    def finish(self) -> None:
-        """Take in the gradients of the batch that just ran backward, and let its activations go."""
-        for product in self.pending:
-            self.taylor_2017 = self.taylor_2017 + (product / self.positions).abs().double().sum(0)
-            self.taylor_2019 = self.taylor_2019 + product.double().square().sum(0)
-        self.release()
 
     def _slots(self, tensor: Tensor) -> Tensor:
-        if self.dim == 1:
-            return tensor.flatten(2) if tensor.dim() > 2 else tensor.unsqueeze(2)
-        return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).transpose(1, 2)
+        """View as (N, slots, positions); windows that an example is cut into, one behind another, are positions."""
+        values = tensor.movedim(self.dim, 1)
+        if self.positions > 1:
+            values = values.unflatten(1, (-1, self.positions))
+        values = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
+        windows, rest = divmod(len(values), self.examples)
+        if windows == 1 or rest:
+            return values
+        return values.unflatten(0, (self.examples, windows)).transpose(1, 2).flatten(2)
 
 
 def weight_norms(network: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[FloatArray, FloatArray]]:
@@ -238,13 +273,13 @@ def _collect(
     examples: int,
     gradients: bool,
 ) -> GroupStatistics:
-    def gather(attribute: str, per_position: bool) -> FloatArray:
+    def gather(attribute: str, per_run: bool) -> FloatArray:
         total = np.zeros(group.width)
         for site in group.sites:
             sums = watch[_place(site)]
             value = getattr(sums, attribute)
             array = value.cpu().numpy() if isinstance(value, Tensor) else np.zeros(site.index.max() + 1)
-            np.add.at(total, site.channel, array[site.index] / (examples * (sums.positions if per_position else 1)))
+            np.add.at(total, site.channel, array[site.index] / (max(sums.seen, 1) if per_run else examples))
         return total
 
     shown = np.zeros(group.width)

@@ -4,7 +4,6 @@ Four splits with different duties: *train* (retraining, calibration), *reward* (
 *selection* (choosing among finished candidates), *test* (sealed; read once, for the final report).
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .copying import copy_network
 from .data import DatasetSplit, DataSplits, SealedSplit, Split, TensorSplit
 from .errors import UserError, closest
 from .evaluation import METRICS
@@ -106,7 +106,7 @@ class PruningTask:
     def to(self, device: str | torch.device) -> "PruningTask":
         """Return the task with a copy of its network, and its data, on `device`."""
         return PruningTask(
-            network=copy.deepcopy(self.network).to(device),
+            network=copy_network(self.network).to(device),
             train=self.train.to(device),
             reward=self.reward.to(device),
             selection=self.selection.to(device),

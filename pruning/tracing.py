@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -48,14 +51,32 @@ class ActivationCall:
     Attributes:
         ordinal: 0 for the first call of the pass.
         rectified: Whether it is a ReLU (or ReLU6).
-        shape: Shape of its result.
         sources: Names of the nearest layers behind its input.
     """
 
     ordinal: int
     rectified: bool
-    shape: tuple[int, ...]
     sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Which channels one activation call shows, by the classes of labels beside its result.
+
+    Attributes:
+        dim: Dimension of the result along which channels lie, never that of the examples; -1 for the last.
+        dims: Number of dimensions of the result.
+        roots: (size,) class of the channel that each entry along `dim` belongs to.
+    """
+
+    dim: int
+    dims: int
+    roots: NDArray[np.int64]
+
+    @cached_property
+    def known(self) -> frozenset[int]:
+        """The classes that are shown."""
+        return frozenset(np.unique(self.roots).tolist())
 
 
 @dataclass
@@ -65,16 +86,22 @@ class Trace:
     Attributes:
         order: Position of each leaf layer in the order of its first execution.
         calls: Activation calls in order.
-        norm_after: Layer -> batch norm that takes its output directly, where nothing else does.
+        norm_after: Layer -> batch norm that takes its output directly and untouched, where nothing else does and each
+            of the two runs once.
         beyond_graph: Whether plain functions multiply activations with each other as matrices (attention), or take
             them apart to six dimensions (windows): a dependency graph's lists of indices multiply at each reshape.
-        widths: Leaf layer -> size of its output's channel dimension (last for linear layers, else dimension 1).
+        dims: Leaf layer -> number of dimensions of its output.
+        slots: Ordinal of an activation call -> the channels it shows, where they lie along one dimension; filled in
+            by whoever follows the channels.
+        roots: Layer -> (n,) classes of its output channels, of the same numbering.
     """
 
     order: dict[str, int] = field(default_factory=dict)
     calls: list[ActivationCall] = field(default_factory=list)
     norm_after: dict[str, str] = field(default_factory=dict)
-    widths: dict[str, int] = field(default_factory=dict)
+    dims: dict[str, int] = field(default_factory=dict)
+    slots: dict[int, Slots] = field(default_factory=dict)
+    roots: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     beyond_graph: bool = False
 
 
@@ -97,7 +124,7 @@ class ActivationMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass every call on; report those of activation functions."""
         kwargs = kwargs or {}
-        rectified = _rectifies(func, args, kwargs)
+        rectified = rectifies(func, args, kwargs)
         if not rectified and func not in SMOOTH:
             return func(*args, **kwargs)
         subject = args[0] if args else kwargs["input"]
@@ -121,7 +148,7 @@ class _ProductMode(TorchFunctionMode):
         return result
 
 
-def _rectifies(func: Any, args: Any, kwargs: Any) -> bool:
+def rectifies(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call is a ReLU: by name, or a clamp whose lower end is exactly zero."""
     if func in RECTIFIERS:
         return True
@@ -168,33 +195,33 @@ def trace_forward(network: nn.Module, example_input: Tensor) -> Trace:
         UserError: The forward pass fails on this input.
     """
     trace = Trace()
-    producer_of: dict[Any, str] = {}  # autograd node -> layer whose output it computed
-    last_output: dict[int, str] = {}  # id of an output tensor -> layer
-    alive: list[Any] = []  # holds tensors and nodes so that ids stay unique during the pass
+    producer_of: dict[Any, str] = {}  # autograd node -> layer whose output it computed; an in-place change makes a node
+    fresh: dict[Any, int] = {}  # autograd node of a layer's output with channels in dimension 1 -> its version then
+    runs = Counter[str]()
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
+            runs[name] += 1
             trace.order.setdefault(name, len(trace.order))
-            if output.dim() > 1:
-                last = isinstance(module, (nn.Linear, nn.LayerNorm))
-                trace.widths[name] = output.shape[-1 if last else 1]
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs and id(inputs[0]) in last_output:
-                trace.norm_after[last_output[id(inputs[0])]] = name
-            if any(True for _ in module.parameters(recurse=False)) or isinstance(
-                module, nn.modules.batchnorm._NormBase
+            trace.dims[name] = output.dim()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs:
+                node = inputs[0].grad_fn
+                if node in fresh and fresh[node] == inputs[0]._version:
+                    trace.norm_after[producer_of[node]] = name
+            if output.grad_fn is not None and (
+                any(True for _ in module.parameters(recurse=False))
+                or isinstance(module, nn.modules.batchnorm._NormBase)
             ):
-                last_output[id(output)] = name
-                if output.grad_fn is not None:
-                    producer_of[output.grad_fn] = name
-            alive.extend((output, output.grad_fn))
+                producer_of[output.grad_fn] = name
+                if _channel_dim(module, output) == 1:
+                    fresh[output.grad_fn] = output._version
 
         return hook
 
     def observe(ordinal: int, rectified: bool, node: Any, output: Tensor) -> None:
-        sources = _nearest(node, producer_of)
-        trace.calls.append(ActivationCall(ordinal, rectified, tuple(output.shape), sources))
+        trace.calls.append(ActivationCall(ordinal, rectified, _nearest(node, producer_of)))
 
     leaves = [(name, module) for name, module in network.named_modules() if not list(module.children())]
     handles = [module.register_forward_hook(after(name)) for name, module in leaves]
@@ -211,8 +238,18 @@ def trace_forward(network: nn.Module, example_input: Tensor) -> Trace:
     trace.beyond_graph = products.seen
     users = _users(result)
     node_of = {name: node for node, name in producer_of.items()}
-    trace.norm_after = {name: norm for name, norm in trace.norm_after.items() if users.get(node_of.get(name), 0) <= 1}
+    trace.norm_after = {
+        name: norm
+        for name, norm in trace.norm_after.items()
+        if runs[name] == runs[norm] == 1 and users.get(node_of.get(name), 0) <= 1
+    }
     return trace
+
+
+def _channel_dim(module: Any, output: Tensor) -> int:
+    """Return the dimension of a layer's output that counts its channels: the last, or the one before the positions."""
+    spatial = module.weight.dim() - 2 if isinstance(module, nn.modules.conv._ConvNd) else 0
+    return output.dim() - 1 - spatial
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .checks import SEEDS, check_seed, check_types
 from .compensation import compensate, get_compensation
 from .cost import Cost, CostModel, count_cost
 from .criteria import RankingContext, get_criterion, rank_channels
@@ -46,7 +47,7 @@ class RepairSettings:
         recalibration_images: Training images for batch norm; 0 = batch norm stays as it is.
         reward_images: Images of the reward split used for scoring; 0 = all.
         batch_size: Examples a forward pass.
-        seed: Decides which images are drawn.
+        seed: Decides which images are drawn, in [0, 2**63).
     """
 
     criterion: str = "least_squares"
@@ -59,6 +60,8 @@ class RepairSettings:
 
     def __post_init__(self) -> None:
         """Refuse unknown names and impossible sizes."""
+        check_types(self)
+        check_seed(self.seed)
         get_criterion(self.criterion)
         get_compensation(self.compensation)
         if self.calibration_images < 1 or self.recalibration_images < 0 or self.reward_images < 0:
@@ -324,6 +327,6 @@ class Trimmer:
         return iter(split.batches(self.settings.batch_size))
 
     def _draw(self, split: Split, count: int, salt: int) -> Split:
-        generator = torch.Generator().manual_seed(self.settings.seed * 1000 + salt)
+        generator = torch.Generator().manual_seed((self.settings.seed * 1000 + salt) % SEEDS)
         chosen = split.subset(count, generator) if count < len(split) else split
         return chosen.prepared()

@@ -18,6 +18,39 @@ from typing import Any
 from .errors import UserError, closest
 
 
+def locate(path: str, folder: Path | None) -> str:
+    """Return `path`, or where it lies below `folder` if it is relative and the working directory does not have it.
+
+    Args:
+        path: As the user typed it.
+        folder: Where it was typed, such as the folder a run was started in; None = unknown.
+    """
+    place = Path(path).expanduser()
+    if folder is None or place.is_absolute() or place.exists() or not (folder / place).exists():
+        return path
+    return str(folder / place)
+
+
+def locate_function(name: str, folder: Path | None) -> str:
+    """Return the name of a network's function that can be found from here, see `locate`.
+
+    Args:
+        name: `module:function`, `path/to/file.py:function`, or a registered network's name, which is returned.
+        folder: Where it was typed. For a module that is only there, the folder is put on the import path.
+    """
+    place, colon, function = name.rpartition(":")
+    if not colon or folder is None:
+        return name
+    if place.endswith(".py"):
+        return f"{locate(place, folder)}:{function}"
+    top = place.partition(".")[0]
+    here = any((Path.cwd() / item).exists() for item in (top, f"{top}.py"))
+    there = any((folder / item).exists() for item in (top, f"{top}.py"))
+    if there and not here and top not in sys.modules and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return name
+
+
 def user_function(name: str) -> Callable[..., Any]:
     """Import the function that `module:function` or `path/to/file.py:function` names."""
     place, function = name.rsplit(":", 1)
@@ -54,7 +87,10 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     """Import a Python file by its path, under its own name unless another module has that already."""
     if not path.is_file():
-        raise UserError(f"a network of your own is path/to/file.py:function, but there is no file {str(path)!r}")
+        raise UserError(
+            f"a network of your own is path/to/file.py:function, but there is no file {str(path)!r} in {Path.cwd()}; "
+            "check the path, or start in the folder that it is relative to"
+        )
     path = path.resolve()
     name = path.stem
     loaded = sys.modules.get(name)

@@ -94,7 +94,7 @@ def test_the_manifest_says_how_to_rebuild(folder: Path, task: PruningTask) -> No
     data = load_data("digits", settings=SplitSettings(**task.source["splits"]))
     assert content["format"] == 2
     assert content["network"] == {
-        "name": "lenet_small", "arguments": {}, "classes": 10, "image_shape": [1, 28, 28],
+        "name": "lenet_small", "arguments": {}, "classes": 10, "image_shape": [1, 28, 28], "started_in": None,
     }  # fmt: skip
     assert content["data"] == {"name": "digits", "mean": list(data.mean), "std": list(data.std)}
     assert (content["example_shape"], content["dtype"]) == ([1, 1, 28, 28], "float32")
@@ -413,6 +413,46 @@ def test_a_users_own_network_is_imported_by_name(name: str, tmp_path: Path, monk
         load_pruned(tmp_path / "saved")
     assert same_weights(load_pruned(tmp_path / "saved", network), smaller)  # passed in, nothing is imported
     monkeypatch.delitem(sys.modules, "own_saved_network", raising=False)
+
+
+@pytest.mark.parametrize("name", ["own_moved_network:make", "own_moved_network.py:make"])
+def test_a_users_own_network_is_found_from_elsewhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the folder in which its name was typed, which may move together with the saved one."""
+    project, module = tmp_path / "project", "own_moved_network"
+    project.mkdir()
+    (project / f"{module}.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(5, 3)\n")
+    monkeypatch.chdir(project)
+    network = build_network("own_moved_network.py:make")
+    source = {"network": name, "network_arguments": {}}
+    save_pruned(project / "runs" / "one", network, PruningPlan({}), example_shape=(1, 5), source=source)
+    content = read(project / "runs" / "one")
+    assert content["network"]["name"] == name
+    assert content["network"]["started_in"] == "../.."
+    project.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.startswith(str(tmp_path))])
+    assert same_weights(load_pruned(tmp_path / "moved" / "runs" / "one"), network)
+    monkeypatch.delitem(sys.modules, module)
+
+    other = "from torch import nn\ndef make():\n    return nn.Linear(4, 3)\n"  # the working directory comes first
+    (tmp_path / "elsewhere" / f"{module}.py").write_text(other)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.startswith(str(tmp_path))])
+    with pytest.raises(UserError, match="must fit the network"):
+        load_pruned(tmp_path / "moved" / "runs" / "one")
+    monkeypatch.delitem(sys.modules, module)
+
+
+def test_a_manifest_without_the_folder_of_the_name_is_read(tmp_path: Path) -> None:
+    network = build_network("lenet_small", seed=0)
+    save_pruned(tmp_path, network, PruningPlan({}), example_shape=(1, 1, 28, 28), source={"network": "lenet_small"})
+    content = read(tmp_path)
+    del content["network"]["started_in"]
+    sign(tmp_path, content)
+    assert same_weights(load_pruned(tmp_path), network)
 
 
 class Scaled(nn.Module):

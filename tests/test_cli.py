@@ -2,15 +2,20 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from prunegym.agent.cli import main, shipped_configs
+from prunegym.agent.cli import load_task, main, read_config, shipped_configs
+from prunegym.agent.progress import Progress
+from prunegym.pruning import SplitSettings, build_network
+from prunegym.pruning.artifact import load_pruned
+from prunegym.pruning.prepare import TaskSettings
 from prunegym.pruning.splits import SealedSplit
 from prunegym.pruning.trimmer import Trimmer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TINY = """
 name: tiny
@@ -92,6 +97,24 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         (["search", "lenet_mnist"], ["mnist", "--data_root"]),
         (["apply"], ["run"]),
         (["apply", "absent"], ["schedule.json", "absent"]),
+        (["search", "quickstart", "--budget", "abc"], ["--budget must be a number, but got abc"]),
+        (["search", "quickstart", "--budget", "nan"], ["--budget must be a number, but got nan"]),
+        (["search", "quickstart", "--budget", "-1"], ["budget must be in (0, 1], but got budget=-1"]),
+        (["search", "quickstart", "--search.trim.budget", "-1"], ["budget must be in (0, 1], but got budget=-1"]),
+        (["search", "quickstart", "--seed", "1.5"], ["--seed must be a whole number, but got 1.5"]),
+        (["search", "quickstart", "--seed", "1" + "0" * 40], ["seed must be a whole number from 0 to 2**63 - 1"]),
+        (["search", "quickstart", "--task.splits.seed", "-1"], ["seed must be a whole number from 0 to 2**63 - 1"]),
+        (["search", "quickstart", "--threads", "-3"], ["threads must be at least 0, but got -3"]),
+        (["search", "quickstart", "--search.compare", "maybe"], ["--search.compare must be true or false", "maybe"]),
+        (["search", "quickstart", "--search.trim.retraining.weight_decay", ".nan"], ["weight_decay must be a finite"]),
+        (["search", "quickstart", "--search.trim.retraining.optimizer", "sgdd"], ["optimizer", "did you mean 'sgd'"]),
+        (["search", "quickstart", "--search.trim", "3"], ["search.trim must hold settings, but got 3"]),
+        (["search", "quickstart", "--search", "{trim: 3}"], ["search.trim must hold settings, but got 3 (--search)"]),
+        (["search", "quickstart", "--task.training.updates=5", "--task.training.epochs=1"], ["updates=5 and epochs=1"]),
+        (["search", "quickstart", "--task.splits.reward", "3000"], ["--task.splits.reward", "--task.splits.selection"]),
+        (["search", "quickstart", "extra"], ["unexpected argument 'extra'; `prunegym search --help`"]),
+        (["search", "--config"], ["--config needs a file"]),
+        (["apply", "RUN", "x"], ["unexpected argument 'x'; `prunegym apply --help`"]),
         (["apply", "absent", "--shedule", "x"], ["--shedule", "did you mean 'schedule'"]),
     ],
 )
@@ -111,6 +134,13 @@ def test_a_mistake_is_one_line_that_helps(arguments: list[str], words: list[str]
         ("budget: 0.3", "action: scores", ["'scores'", "did you mean 'score'"]),
         ("episodes_per_update: 3", "algorithm: PPP", ["'PPP'", "did you mean 'PPO'"]),
         ("name: tiny", "name: [", ["tiny.yaml"]),
+        ("name: tiny", "task: 5", ["'task' is in lines 2 and 4", "tiny.yaml"]),
+        ("budget: 0.3", "budget: 0.3\n    budget: 0.4", ["'budget' is in lines", "tiny.yaml"]),
+        ("name: tiny", "serach: {}", ["unknown key 'serach'", "did you mean 'search'", "tiny.yaml"]),
+        ("name: tiny", "5: {}", ["unknown key '5'", "tiny.yaml"]),
+        ("updates: 5,", "updates: null,", ["updates must be a whole number, but got None"]),
+        ("{reward: 200, selection: 100}", "200", ["task.splits must hold settings, but got 200 (", "tiny.yaml"]),
+        ("{episodes_per_update: 3, hidden: [8]}", "[PPO]", ["search.learner must hold settings, but got ['PPO'] ("]),
     ],
 )
 def test_a_mistake_in_the_file(old: str, new: str, words: list[str], config: Path, refused: Callable[..., str]) -> None:
@@ -119,6 +149,73 @@ def test_a_mistake_in_the_file(old: str, new: str, words: list[str], config: Pat
     line = refused("search", str(config), untrained=False)
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task: 5\n", ["task must hold settings, but got 5 (", "tiny.yaml)"]),
+        ("search: null\n", ["search must hold settings, but got nothing (", "tiny.yaml)"]),
+        ("search: {trim: 3}\n", ["search.trim must hold settings, but got 3 (", "tiny.yaml)"]),
+        ("", ["a configuration must hold sections such as", "tiny.yaml is empty"]),
+        ("- 1\n", ["a configuration must hold sections such as", "tiny.yaml holds [1]"]),
+        ("name: !!python/object:os.system x\n", ["must be YAML, but", "tiny.yaml is not"]),
+        ("[" * 5000, ["must be YAML, but", "tiny.yaml is not"]),
+    ],
+)
+def test_a_file_that_is_no_configuration(
+    text: str, words: list[str], config: Path, refused: Callable[..., str]
+) -> None:
+    config.write_text(text)
+    line = refused("search", str(config))
+    for word in words:
+        assert word in line
+    assert refused("search", "--config", str(config)) == line  # however the file is named
+
+
+def test_a_directory_is_no_configuration(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert "must be a YAML file, but folder is a directory" in refused("search", "folder")
+
+
+@pytest.mark.parametrize("section", ["search.trim.retraining", "task.training"])
+@pytest.mark.parametrize(
+    "written", [["--{}.epochs", "2"], ["--{}.epochs=2"], ["--{}.epochs", "2", "--{}.updates", "0"]]
+)
+def test_epochs_replace_the_updates_of_the_file(section: str, written: list[str], config: Path) -> None:
+    def lengths(arguments: list[str], path: Path) -> tuple[int, float]:
+        found = read_config([str(path), *(part.format(section) for part in arguments)])
+        training = found.task.training if section == "task.training" else found.search.trim.retraining
+        return training.updates, training.epochs
+
+    assert lengths(written, config) == (0, 2)
+    other = config.with_name("other.yaml")
+    other.write_text(TINY.replace("updates: 30", "epochs: 3").replace("updates: 5", "epochs: 3"))
+    assert lengths(["--{}.updates", "9"], other) == (9, 0)
+    assert lengths(["--{}.updates", "0"], other) == (0, 3)  # none is no replacement
+    assert lengths([], other) == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["x[/red]y", "new[bold]x"])
+def test_names_of_folders_are_no_markup(
+    name: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--max_evaluations", "1", "--search.compare", "false", "--search.latency_batches", "[]"]
+    assert main(["search", str(config), *quick, "--output", name]) == 0
+    said = capsys.readouterr().out
+    assert f"run folder: {name}\n" in said
+    assert f"run folder: {name} (report.md" in said
+    assert main(["apply", name, "--output", f"again{name.replace('/', '')}"]) == 0
+    assert f"written to again{name.replace('/', '')}" in capsys.readouterr().out
+    assert (tmp_path / name / "report.md").is_file()
+
+
+def test_given_weights_show_no_training(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(build_network("lenet_small", seed=0).state_dict(), tmp_path / "mine.safetensors")
+    load_task(read_config([str(config), "--task.weights", "mine.safetensors"]), Progress(enabled=True))
+    assert "train network" not in capsys.readouterr().err
+    load_task(read_config([str(config)]), Progress(enabled=True))
+    assert "train network" in capsys.readouterr().err
 
 
 def test_missing_data_names_folder_and_option(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -238,3 +335,88 @@ def test_a_value_on_the_command_line_beats_the_file(config: Path, tmp_path: Path
     assert main(["search", str(config), *arguments, "--budget", "0.4", "--output", "there"]) == 0
     assert json.loads((tmp_path / "there" / "results.json").read_text())["budget"] == 0.4
     assert len(list((tmp_path / "cache" / "prunegym").glob("*.safetensors"))) == 1  # trained once
+
+
+# ---- a run that is used from elsewhere -------------------------------------------------------------------------------
+MINE = """
+from torch import nn
+
+def make_net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
+"""
+
+
+@pytest.mark.parametrize("network", ["mynet_elsewhere.py:make_net", "mynet_elsewhere:make_net"])
+def test_a_run_of_ones_own_network_is_used_from_elsewhere(
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names stay as they were typed; they are looked for where the run was started, also after all of it moved."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "mynet_elsewhere.py").write_text(MINE)
+    (project / "tiny.yaml").write_text(TINY.replace("network: lenet_small", f"network: {network}"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(project)
+    quick = ["--max_evaluations", "1", "--search.compare", "false", "--search.latency_batches", "[]"]
+    assert main(["search", "tiny.yaml", *quick, "--output", "run"]) == 0
+    project.rename(tmp_path / "moved")
+    run, away = tmp_path / "moved" / "run", tmp_path / "away"
+    written = "".join(path.read_text() for path in run.iterdir() if path.suffix in (".json", ".yaml", ".txt"))
+    assert str(project) not in written
+
+    def leave(folder: Path) -> None:
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        sys.modules.pop("mynet_elsewhere", None)
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.startswith(str(tmp_path))])
+
+    leave(away)
+    assert main(["apply", str(run), "--output", "again"]) == 0
+    first, again = (load_file(folder / "pruned.safetensors") for folder in (run, away / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert f"network: {network}\n" in (away / "again" / "config.yaml").read_text()
+
+    leave(tmp_path / "further")  # what `apply` made points to the same folder
+    assert main(["export", str(away / "again"), "--format", "torch"]) == 0
+    leave(tmp_path / "furthest")
+    assert main(["apply", str(away / "again"), "--output", "third"]) == 0
+    leave(tmp_path / "end")
+    loaded = load_pruned(tmp_path / "furthest" / "third").state_dict()
+    assert all(torch.equal(first[name], loaded[name]) for name in first)
+    sys.modules.pop("mynet_elsewhere", None)
+
+
+def test_relative_paths_are_looked_for_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, here = tmp_path / "started", tmp_path / "here"
+    for folder in (started / "images", here):
+        folder.mkdir(parents=True)
+    for name in ("w.safetensors", "unseen.txt", "net.py"):
+        (started / name).touch()
+    (here / "unseen.txt").touch()
+    monkeypatch.chdir(here)
+    typed = TaskSettings(
+        "net.py:make", weights="w.safetensors", data_root="images", splits=SplitSettings(heldout="unseen.txt")
+    )
+    found = typed.located(started)
+    assert found.network == f"{started / 'net.py'}:make"
+    assert (found.weights, found.data_root) == (str(started / "w.safetensors"), str(started / "images"))
+    assert found.splits.heldout == "unseen.txt"
+    assert typed.located(None) == typed
+    absolute = TaskSettings(data_root=str(tmp_path / "absent"))
+    assert absolute.located(started) == absolute
+
+
+def test_a_failed_apply_leaves_no_folder(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--max_evaluations", "1", "--search.compare", "false", "--search.latency_batches", "[]"]
+    assert main(["search", str(config), *quick, "--output", "run"]) == 0
+    schedule = json.loads((tmp_path / "run" / "schedule.json").read_text())
+    whole = {"keep": {"conv1": list(range(8))}}
+    (tmp_path / "back.json").write_text(json.dumps({**schedule, "rounds": [*schedule["rounds"], whole]}))
+    capsys.readouterr()
+    assert main(["apply", "run", "--schedule", "back.json", "--output", "made"]) == 2
+    assert "back" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "seed.json").write_text(json.dumps({**schedule, "seed": 10**40}))
+    assert main(["apply", "run", "--schedule", "seed.json", "--output", "made"]) == 2
+    assert "the seed of a schedule must be a whole number" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import prunegym.pruning.least_squares
@@ -26,14 +26,15 @@ DOUBLE = torch.float64
 def repaired(network: Any, plan: Any, method: str, x: Tensor) -> Any:
     groups = find_groups(network, x[:1])
     labels = torch.zeros(len(x), dtype=torch.int64)
-    statistics = measure(network, groups, zip(x.split(16), labels.split(16), strict=True), positions=100)
+    statistics = measure(network, groups, zip(x.split(16), labels.split(16), strict=True), positions=1000)
     smaller = apply_plan(network, groups, PruningPlan(plan))
     compensate(smaller, network, groups, PruningPlan(plan), statistics, method)
     return smaller
 
 
 def without_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prunegym.pruning.least_squares, "RELATIVE_RIDGE", 1e-12)
+    monkeypatch.setattr(prunegym.pruning.least_squares, "RIDGE", 1e-12)
+    monkeypatch.setattr(prunegym.pruning.least_squares, "SHRINKAGE", 0.0)
 
 
 def affine_fit(kept: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,14 +64,6 @@ def test_linear_layer_behind_a_flatten(monkeypatch: pytest.MonkeyPatch) -> None:
     read, kept = maps.flatten(1), maps[:, [0, 1, 3, 4]].flatten(1)
     slope, intercept = affine_fit(kept.numpy(), network.fc1(read).detach().numpy())
     np.testing.assert_allclose(smaller.fc1(kept).detach().numpy(), kept.numpy() @ slope + intercept, atol=1e-6)
-
-
-def channel_fit(maps: Tensor, kept: list[int], gone: list[int], constant: bool = True) -> tuple[Any, Any]:
-    """Regress removed channels on kept ones over all positions, one number per channel."""
-    rows = np.moveaxis(maps.numpy(), 1, -1).reshape(-1, maps.shape[1])
-    if constant:
-        return affine_fit(rows[:, kept], rows[:, gone])
-    return np.linalg.lstsq(rows[:, kept], rows[:, gone], rcond=None)[0], np.zeros(len(gone))
 
 
 def fitted_convolution(layer: Any, maps: Tensor, kept: list[int]) -> Tensor:
@@ -114,18 +107,30 @@ def test_batch_norm_takes_the_constant_of_a_layer_without_bias(padding: int, mon
     assert torch.equal(smaller.bn2.running_var, network.bn2.running_var)
 
 
-def test_taps_share_one_fit_where_a_convolution_has_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_fit(parts: np.ndarray, kept: list[int], gone: list[int]) -> np.ndarray:
+    """Regress all parts (parts, rows, C) at once: removed channels on kept ones, both around the part's mean."""
+    centred = parts - parts.mean(1, keepdims=True)
+    rows = centred.reshape(-1, parts.shape[2])
+    return np.linalg.lstsq(rows[:, kept], rows[:, gone], rcond=None)[0]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_taps_share_one_fit_where_a_convolution_has_many(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
     without_ridge(monkeypatch)
     monkeypatch.setattr(prunegym.pruning.moments, "PATCH_LIMIT", 10)
     network = make(ToyConv, 1, DOUBLE)
+    network.conv2.padding = (padding, padding)
+    network.fc1 = nn.Linear(6 * (2 + 2 * padding) ** 2, 8).double()
     x = images(network.shape, 32, dtype=DOUBLE)
     smaller = repaired(network, {"conv1": [1, 3]}, "least_squares", x)
     maps = F.max_pool2d(F.relu(network.conv1(x)), 2).detach()
-    slope, intercept = channel_fit(maps, [1, 3], [0, 2])
-    stand_in = maps.clone()
-    stand_in[:, [0, 2]] = torch.einsum("nkhw,ks->nshw", maps[:, [1, 3]], torch.from_numpy(slope))
-    stand_in[:, [0, 2]] += torch.from_numpy(intercept)[:, None, None]
-    torch.testing.assert_close(smaller.conv2(maps[:, [1, 3]]), network.conv2(stand_in), atol=1e-8, rtol=1e-8)
+    read = F.unfold(maps, 3, padding=padding).unflatten(1, (4, 9))  # (N, C, taps, P)
+    slope = torch.from_numpy(shared_fit(read.permute(2, 0, 3, 1).flatten(1, 2).numpy(), [1, 3], [0, 2]))
+    weight = network.conv2.weight.detach()
+    expected = weight[:, [1, 3]] + torch.einsum("oshw,ks->okhw", weight[:, [0, 2]], slope)
+    torch.testing.assert_close(smaller.conv2.weight.detach(), expected, atol=1e-8, rtol=1e-8)
+    means = [layer(value).mean((0, 2, 3)) for layer, value in ((network.conv2, maps), (smaller.conv2, maps[:, [1, 3]]))]
+    torch.testing.assert_close(means[1], means[0], atol=1e-8, rtol=1e-8)  # at the border, too
 
 
 def test_layer_that_cannot_hold_a_constant_gets_the_best_fit_through_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,12 +150,12 @@ def test_wide_flatten_mixes_channels_not_positions(monkeypatch: pytest.MonkeyPat
     x = images(network.shape, 40, dtype=DOUBLE)
     smaller = repaired(network, {"conv2": [0, 2, 5]}, "least_squares", x)
     maps = F.relu(network.conv2(F.max_pool2d(F.relu(network.conv1(x)), 2))).detach()
-    slope, intercept = channel_fit(maps, [0, 2, 5], [1, 3, 4])
-    stand_in = maps.clone()
-    stand_in[:, [1, 3, 4]] = torch.einsum("nkhw,ks->nshw", maps[:, [0, 2, 5]], torch.from_numpy(slope))
-    stand_in[:, [1, 3, 4]] += torch.from_numpy(intercept)[:, None, None]
-    expected = network.fc1(stand_in.flatten(1))
-    torch.testing.assert_close(smaller.fc1(maps[:, [0, 2, 5]].flatten(1)), expected, atol=1e-8, rtol=1e-8)
+    slope = shared_fit(maps.flatten(2).permute(2, 0, 1).numpy(), [0, 2, 5], [1, 3, 4])
+    weight = network.fc1.weight.detach().unflatten(1, (6, 4))
+    expected = weight[:, [0, 2, 5]] + torch.einsum("osp,ks->okp", weight[:, [1, 3, 4]], torch.from_numpy(slope))
+    torch.testing.assert_close(smaller.fc1.weight.detach(), expected.flatten(1), atol=1e-8, rtol=1e-8)
+    means = [network.fc1(maps.flatten(1)).mean(0), smaller.fc1(maps[:, [0, 2, 5]].flatten(1)).mean(0)]
+    torch.testing.assert_close(means[1], means[0], atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize("method", COMPENSATIONS)
@@ -254,7 +259,7 @@ def output_error(network: Any, plan: dict[str, list[int]], method: str, x: Tenso
     return float((outputs[0] - outputs[1]).square().mean())
 
 
-READERS = [
+READERS: list[tuple[Callable[[], Any], str, str]] = [
     (ToyMLP, "fc1", "fc2"),
     (ToyMLP, "fc2", "fc3"),
     (ToyConv, "conv1", "conv2"),  # 3 x 3
@@ -264,6 +269,28 @@ READERS = [
     (ToyResidual, "conv1", "bn2"),
     (ToyResidual, "down", "fc"),
 ]
+
+
+class ToyDecoder(nn.Module):
+    """Transposed convolutions of three shapes, one with a batch norm instead of a bias; takes (N, 2, 4, 4)."""
+
+    widths: ClassVar[dict[str, int]] = {"a": 6, "up": 5, "wide": 4}
+    shape = (2, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 6, 3, padding=1)
+        self.up = nn.ConvTranspose2d(6, 5, 2, stride=2)
+        self.wide = nn.ConvTranspose2d(5, 4, 4, stride=2, padding=1, output_padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.last = nn.ConvTranspose2d(4, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.relu(self.up(torch.relu(self.a(x))))
+        return self.last(torch.relu(self.bn(self.wide(maps)) + 0.5)).mean((2, 3))
+
+
+READERS += [(ToyDecoder, "a", "up"), (ToyDecoder, "up", "bn"), (ToyDecoder, "wide", "last")]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -280,6 +307,78 @@ def test_least_squares_is_never_worse_on_the_calibration_data(
     for method, error in errors.items():
         assert errors["least_squares"] <= error * (1 + 1e-9), method
     assert errors["fold_mean"] <= errors["delete"] * (1 + 1e-9)
+
+
+class Between(nn.Module):
+    """A layer of `width` channels between two others, on maps of `side`."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.shape = (3, side, side)
+        self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_shared_taps_know_how_little_of_a_small_map_they_see(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prunegym.pruning.moments, "PATCH_LIMIT", 100)
+    network = make(lambda: Between(32, side), 0, DOUBLE)
+    x = images(network.shape, 128, dtype=DOUBLE)
+    plan = {"a": list(range(0, 32, 2))}
+    errors = {method: output_error(network, plan, method, x, "b") for method in COMPENSATIONS}
+    assert errors["least_squares"] < errors["fold_mean"] < errors["delete"]
+    assert errors["least_squares"] < 0.5 * errors["delete"]
+
+
+@pytest.mark.parametrize("count", [6, 8, 10, 16])
+def test_few_images_do_not_make_the_fit_explode(count: int) -> None:
+    network = make(lambda: Between(32, 16), 0)
+    x = images(network.shape, count)
+    plan = {"a": list(range(16))}
+    groups = find_groups(network, x[:1])
+    statistics = measure(network, groups, [(x, torch.zeros(count, dtype=torch.int64))])
+    assert statistics.consumers["b"].rows >= 2 * 32 * 9
+    errors = {}
+    for method in ("fold_mean", "least_squares"):
+        smaller = apply_plan(network, groups, PruningPlan(plan))
+        compensate(smaller, network, groups, PruningPlan(plan), statistics, method)
+        maps = torch.relu(network.a(images(network.shape, 64, seed=9)))  # images that were not seen
+        errors[method] = float((smaller.b(maps[:, :16]) - network.b(maps)).detach().square().mean())
+    assert errors["least_squares"] < errors["fold_mean"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3, 1e3])
+def test_the_scale_of_a_channel_does_not_matter(scale: float) -> None:
+    network = make(ToyMLP, 0, DOUBLE)
+    with torch.no_grad():  # the same function: channels 2 to 5 scaled, their readers' weights scaled back; 4, 5 = 2, 3
+        for tensor in (network.fc1.weight, network.fc1.bias):
+            tensor[4:] = tensor[2:4]
+            tensor[2:] *= scale
+        network.fc2.weight[:, 2:] /= scale
+    x = images((5,), 200, dtype=DOUBLE)
+    errors = {
+        method: output_error(network, {"fc1": [0, 1, 2, 3]}, method, x, "fc2") for method in ("delete", "least_squares")
+    }
+    assert errors["least_squares"] < 1e-5 * errors["delete"]
+
+
+def test_an_uneven_flatten_keeps_the_means_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)
+
+    class Turned(ToyConv):
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.relu(self.conv2(self.pool(self.relu(self.conv1(images)))))
+            return self.fc2(self.relu(self.fc1(maps.permute(0, 2, 3, 1).flatten(1))))
+
+    network = make(Turned, 0, DOUBLE)
+    x = images(network.shape, 40, dtype=DOUBLE)
+    with pytest.warns(UserWarning, match="reads 24 features, too many for least squares, and its positions are not"):
+        smaller = repaired(network, {"conv2": [0, 2, 5]}, "least_squares", x)
+    folded = repaired(network, {"conv2": [0, 2, 5]}, "fold_mean", x)
+    assert torch.equal(smaller(x), folded(x))
 
 
 @pytest.mark.parametrize("method", ["fold_mean", "least_squares"])
@@ -347,3 +446,36 @@ def test_recalibrate_without_batch_norm_reads_no_data() -> None:
         yield
 
     assert recalibrate(make(ToyConv), never()) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_recalibrate_refuses_images_that_are_not_finite_and_leaves_the_network(value: float) -> None:
+    network = make(ToyResidual)
+    before = copy.deepcopy(network.state_dict())
+    batches = list(images(network.shape, 64).split(32))
+    batches[1][3, 0, 0, 0] = value
+    with pytest.raises(UserError, match="recalibrated on finite images, but some are NaN or infinite"):
+        recalibrate(network, batches)
+    assert all(torch.equal(now, before[key]) for key, now in network.state_dict().items())
+
+
+def test_recalibrate_refuses_activations_that_are_not_finite() -> None:
+    network = make(ToyResidual)
+    with torch.no_grad():
+        network.stem.weight[0] = 1e38
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(UserError, match="activations must be finite for batch norm to be recalibrated"):
+        recalibrate(network, [images(network.shape, 64)])
+    assert all(torch.equal(now, before[key]) for key, now in network.state_dict().items())
+
+
+def test_recalibrate_leaves_the_data_of_a_network_that_begins_in_place() -> None:
+    class Begins(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2.0))
+
+    network, x = Begins(nn.BatchNorm1d(4)), images((4,), 64)
+    before = x.clone()
+    recalibrate(network, [x])
+    assert torch.equal(x, before)
+    torch.testing.assert_close(network[0].running_mean, 2 * before.mean(0))

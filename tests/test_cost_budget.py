@@ -15,7 +15,7 @@ from prunegym.pruning.grouping import find_groups
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.surgery import apply_plan
 from prunegym.pruning.widths import GroupSettings
-from torch import nn
+from torch import Tensor, nn
 from toys import TOYS, ToyConv, ToyMLP, images, make, random_plan
 
 
@@ -110,6 +110,46 @@ def test_model_predicts_cut_networks(kind: str) -> None:
         cut = count_cost(apply_plan(network, groups, plan), images(shape, 1))
         predicted = model.cost(np.array([plan.counts[group.name] for group in groups]))
         assert (predicted.params, predicted.macs) == (cut.params, cut.macs)
+
+
+class TiedWeights(nn.Module):
+    """Two convolutions on maps of two sizes share a weight; takes (N, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.b.weight = self.a.weight
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.relu(self.a(torch.relu(self.i(x))))
+        return self.fc(torch.relu(self.b(maps[..., ::2, ::2])).mean((2, 3)))
+
+
+def test_a_shared_weight_counts_each_time_it_multiplies_and_once_as_a_parameter() -> None:
+    network = TiedWeights()
+    model, groups = model_of(network, (3, 8, 8))
+    assert model.full.params == (8 * 27 + 8) + (8 * 72 + 8) + 8 + (5 * 8 + 5)
+    assert model.full.macs == 64 * 8 * 27 + (64 + 16) * 8 * 72 + 5 * 8
+    for seed in range(8):
+        plan = random_plan(groups, seed)
+        smaller = apply_plan(network, groups, plan)
+        cut, predicted = count_cost(smaller, images((3, 8, 8), 1)), model.cost(plan.counts)
+        assert (predicted.params, predicted.macs) == (cut.params, cut.macs)
+        width = plan.counts[groups[0].name]
+        assert predicted.macs == 64 * width * 27 + (64 + 16) * width * 9 * width + 5 * width
+
+
+def test_counting_leaves_the_example_of_a_network_that_begins_in_place() -> None:
+    class Begins(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2.0))
+
+    network, example = Begins(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), images((4,), 1)
+    before = example.clone()
+    groups = find_groups(network, example)
+    assert CostModel(network, groups, example).full == count_cost(network, example)
+    assert torch.equal(example, before)
 
 
 def test_group_shares_by_hand(lenet: Any) -> None:

@@ -139,13 +139,27 @@ def test_other_types_of_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 class Counting(nn.Linear):
-    """Gives something else at each call, which a file cannot."""
+    """Gives something else at each call."""
 
     calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return super().forward(x) * self.calls
+
+
+class Rolling(nn.Linear):
+    """Draws random numbers in evaluation mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+
+class Traced(nn.Linear):
+    """Gives something else while it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if torch.compiler.is_compiling() else 1.0)
 
 
 class Pair(nn.Linear):
@@ -179,7 +193,9 @@ def broken() -> nn.Module:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Counting(5, 3), r"must compute the network's outputs to 0.0001 of their largest, but differs by \d"),
+        (Counting(5, 3), r"must compute the same from the same input, but two passes .* differ; .*random numbers"),
+        (Rolling(5, 3), r"must compute the same from the same input, but two passes .* differ; .*random numbers"),
+        (Traced(5, 3), r"must compute the network's outputs to 0.0001 of their largest, but differs by \d"),
         (broken(), "but differs by inf"),
         (Pair(5, 3), r"any number of inputs .*, but torch\.export refused it: .*Constraints violated"),
         (Looking(5, 3), r"without looking at their values, but torch\.export refused it"),
@@ -197,7 +213,10 @@ def test_a_network_that_no_file_can_stand_for(network: nn.Module, message: str, 
 
 def test_a_difference_beyond_the_tolerance_leaves_no_file(tmp_path: Path) -> None:
     network, example = make(ToyConv), images(ToyConv.shape, 1)
-    with pytest.raises(UserError, match=r"to 1e-12 of their largest, but differs by .*raise the tolerance"):
+    with pytest.raises(
+        UserError,
+        match=r"to 1e-12 of their largest, but differs by [^;]*; raise the tolerance or use the format 'torch'$",
+    ):
         export_network(network, example, tmp_path / "toy.onnx", tolerance=1e-12)
     assert not list(tmp_path.iterdir())
 
@@ -211,6 +230,8 @@ def test_a_difference_beyond_the_tolerance_leaves_no_file(tmp_path: Path) -> Non
         ({"tolerance": float("nan")}, "tolerance must be above 0"),
         ({"example": torch.zeros(1, 5, dtype=torch.int64)}, r"example must be one input .* torch\.int64 \(1, 5\)"),
         ({"example": torch.zeros(5)}, r"example must be one input .* \(5,\)"),
+        ({"example": "x"}, r"example must be one input \(1, \.\.\.\) as a tensor, but got 'x'"),
+        ({"network": "lenet"}, "network must be a torch.nn.Module, but got str"),
     ],
 )
 def test_a_wrong_request_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -246,6 +267,12 @@ def test_a_place_that_cannot_be_written_is_named(name: str, tmp_path: Path) -> N
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
+def test_a_half_precision_network_is_told_of_float32(tmp_path: Path) -> None:
+    network, example = make(ToyConv, dtype=torch.float16), images(ToyConv.shape, 1, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"; export a float32 network or raise the tolerance or use the format 'torch'"):
+        export_network(network, example, tmp_path / "toy.onnx", tolerance=1e-9)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     save_cut(run, "lenet_small")
@@ -272,7 +299,12 @@ def test_mistakes_at_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([str(tmp_path), "--format", "onx"], "did you mean 'onnx'"),
         ([str(tmp_path), "--formt", "onnx"], "did you mean 'format'"),
         ([str(tmp_path / "absent")], "there is none at"),
-        ([str(tmp_path)], "has no name to build it by"),
+        (
+            [str(tmp_path)],
+            "has no name to build it by; pass the original: in Python, prunegym.pruning.export.export_pr",
+        ),
+        ([str(tmp_path), "extra"], "unexpected argument 'extra'; `prunegym export --help`"),
+        ([str(tmp_path), "--tolerance", "small"], "--tolerance must be a number, but got small"),
     ):
         assert main(["export", *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from prunegym.pruning.networks import build_network
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from toys import TOYS, ToyConv, ToyResidual, images, make, random_plan
 
 
@@ -254,7 +257,7 @@ def summary(group: ChannelGroup) -> dict[str, Any]:
         "slices": sorted((piece.tensor, piece.dim, pairs(piece)) for piece in group.slices),
         "consumers": sorted((c.module, c.norm or "", pairs(c)) for c in group.consumers),
         "attributes": sorted((cut.module, cut.attribute, cut.per_channel) for cut in group.attributes),
-        "sites": sorted((s.module, str(s.call), s.dim, pairs(s), s.rectified) for s in group.sites),
+        "sites": sorted((s.module, str(s.call), s.dim, pairs(s), s.rectified, s.positions) for s in group.sites),
         "kernel": (group.kernel, group.stride),
     }
 
@@ -276,11 +279,33 @@ def concatenating() -> nn.Module:
     return Branches()
 
 
+class Flattened(nn.Module):
+    """ReLUs behind a flatten and behind a concatenation without norm; takes (N, 2, 4, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 5, 3, padding=1)
+        self.one, self.two, self.fc = nn.Linear(8 * 16, 6), nn.Linear(8 * 16, 5), nn.Linear(11, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.relu(torch.cat([self.left(x), self.right(x)], 1).flatten(1))
+        return self.fc(torch.relu(torch.cat([self.one(maps), self.two(maps)], 1)))
+
+
+def test_relu_behind_a_flatten_and_a_concatenation() -> None:
+    groups = by_name(find_groups(Flattened(), torch.zeros(1, 2, 4, 4)))
+    sites = {name: [(s.call, s.dim, s.rectified, s.positions) for s in group.sites] for name, group in groups.items()}
+    behind = {"left": [(0, -1, True, 16)], "right": [(0, -1, True, 16)]}
+    assert sites == behind | {"one": [(1, -1, True, 1)], "two": [(1, -1, True, 1)]}
+    assert pairs(groups["right"].sites[0]) == [(3, 0), (4, 1), (5, 2), (6, 3), (7, 4)]
+    assert pairs(groups["two"].sites[0]) == [(6, 0), (7, 1), (8, 2), (9, 3), (10, 4)]
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["lenet_small", "cifar_resnet20", "concatenation"])
+@pytest.mark.parametrize("name", ["lenet_small", "cifar_resnet20", "concatenation", "flatten"])
 def test_shrunk_groups_are_those_found_in_the_cut_network(name: str, seed: int) -> None:
-    if name == "concatenation":
-        network, example = concatenating(), torch.zeros(1, 2, 4, 4)
+    if name in ("concatenation", "flatten"):
+        network, example = Flattened() if name == "flatten" else concatenating(), torch.zeros(1, 2, 4, 4)
     else:
         network = build_network(name, seed=0)
         example = torch.zeros(1, 1, 28, 28) if "lenet" in name else torch.zeros(1, 3, 16, 16)
@@ -337,6 +362,167 @@ class Shared(nn.Module):
 def test_norm_can_hold_a_constant_only_where_nothing_else_reads_the_layer(twice: bool) -> None:
     groups = find_groups(Shared(twice), torch.zeros(1, 2, 3, 3))
     assert [(c.module, c.norm) for c in groups[0].consumers] == [("second", None if twice else "norm")]
+
+
+class Branching(nn.Module):
+    """A layer without bias and a batch norm, wired by a function that decides whether they belong together."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], second: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        self.first, self.second, self.norm, self.fc = nn.Conv2d(2, 4, 1), second, norm, nn.Linear(4, 2)
+        self.inplace = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.run(self, torch.relu(self.first(x))).mean((2, 3)))
+
+
+def added_in_place(net: Any, maps: Tensor) -> Tensor:
+    out = net.second(maps)
+    out += maps
+    return torch.relu(net.norm(out))
+
+
+def filled_beside_autograd(net: Any, maps: Tensor) -> Tensor:
+    out = net.second(maps)
+    with torch.no_grad():
+        out.mul_(2.0)
+    return torch.relu(net.norm(out))
+
+
+NORMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str | None]] = {
+    "directly behind": (lambda net, maps: torch.relu(net.norm(net.second(maps))), "norm"),
+    "behind an in-place ReLU": (lambda net, maps: net.norm(net.inplace(net.second(maps))), None),
+    "behind an in-place sum": (added_in_place, None),
+    "behind an in-place change that autograd does not see": (filled_beside_autograd, None),
+    "called twice": (lambda net, maps: torch.relu(net.norm(net.norm(net.second(maps)))), None),
+    "serving two layers": (lambda net, maps: net.norm(net.second(net.norm(maps))), None),
+    "behind a layer that runs twice": (lambda net, maps: net.norm(net.second(net.second(maps).relu())), None),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_belongs_to_the_layer_whose_untouched_output_it_takes(name: str) -> None:
+    run, norm = NORMS[name]
+    network = Branching(run, nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+    groups = find_groups(network, torch.zeros(1, 2, 3, 3))
+    assert {c.norm for group in groups for c in group.consumers if c.module == "second"} == {norm}
+
+
+def test_norm_over_other_channels_than_the_layers_is_not_its_norm() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(6, 5), nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:  # (N, 4, 6): as many tokens as the second layer has channels
+            return self.last(torch.relu(self.norm(self.second(torch.relu(self.first(x)))))).mean(1)
+
+    (group,) = (group for group in find_groups(Tokens(), torch.zeros(2, 4, 6)) if group.name == "first")
+    assert [(c.module, c.norm) for c in group.consumers] == [("second", None)]
+
+
+def test_a_network_that_holds_computed_tensors_says_what_to_do() -> None:
+    class Storing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = make(ToyConv)
+            self.seen: dict[str, Any] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.body.conv1(x)
+            self.seen["last"] = [maps]
+            return self.body(x)
+
+    x = images(ToyConv.shape, 2)
+    network = Storing()
+    groups = find_groups(network, x)  # its own passes leave nothing behind
+    assert [group.width for group in groups] == [4, 6, 8]
+    plan = PruningPlan({"body.conv1": [0, 2]})
+    apply_plan(network, groups, plan, verify=x)
+    network(x)
+    message = "'seen' holds a tensor that was computed, with its history; delete the attribute"
+    with pytest.raises(UserError, match=message):
+        find_groups(network, x)
+    with pytest.raises(UserError, match=message):
+        apply_plan(network, groups, plan)
+    masked = make(ToyConv)
+    prune.random_unstructured(masked.conv2, "weight", 0.5)
+    with pytest.raises(UserError, match=r"'conv2.weight' holds .*; call torch.nn.utils.prune.remove on the layer"):
+        find_groups(masked, x)
+    prune.remove(masked.conv2, "weight")
+    assert len(find_groups(masked, x)) == 3
+    normed = make(ToyConv)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(normed.conv1)
+    with pytest.raises(UserError, match=r"'conv1.weight' holds .*; call torch.nn.utils.remove_weight_norm"):
+        find_groups(normed, x)
+    locked = make(ToyConv)
+    locked.lock = threading.Lock()
+    with pytest.raises(UserError, match=r"copy.deepcopy fails with TypeError: .*lock.*; keep what cannot be copied"):
+        find_groups(locked, x)
+
+
+def test_parameters_of_whole_numbers_stay_without_gradients() -> None:
+    network = make(ToyConv)
+    network.steps = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    network.flag = nn.Parameter(torch.tensor([True]), requires_grad=False)
+    assert [group.width for group in find_groups(network, images(network.shape, 1))] == [4, 6, 8]
+    assert not network.steps.requires_grad
+
+
+def test_a_random_network_is_refused_and_random_numbers_stay_as_they_were() -> None:
+    def dropped(net: Any, maps: Tensor) -> Tensor:
+        return F.dropout(net.norm(net.second(maps)), 0.5)
+
+    network = Branching(dropped, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"same output each time in evaluation mode, .* training=self.training"):
+        find_groups(network, torch.zeros(1, 2, 3, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def idle(net: Any, maps: Tensor) -> Tensor:
+        torch.rand(3)
+        return net.norm(net.second(maps))
+
+    network = Branching(idle, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    state = torch.get_rng_state()
+    find_groups(network, torch.zeros(1, 2, 3, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_groups_that_cannot_be_proved_are_offered_with_a_warning() -> None:
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        network[2].bias[0] = float("nan")
+    with pytest.warns(UserWarning, match="outputs are not finite, so that its channel groups could not be proved"):
+        assert [group.width for group in find_groups(network, torch.zeros(1, 4))] == [5]
+
+    class Roots(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sqrt())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # values that the network takes are given, so that its cut is proved on them
+        find_groups(Roots(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), torch.ones(1, 4))
+
+
+def test_a_call_that_groups_share_is_observed_by_all_of_them_or_none() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.last = nn.Linear(4, 3), nn.Linear(4, 2), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.left(x), self.right(x)
+            return self.last(torch.relu(torch.cat([left, right, left], 1)))
+
+    groups = find_groups(Twice(), torch.zeros(1, 4))
+    assert {group.name: [(s.module, s.call) for s in group.sites] for group in groups} == {
+        "left": [("left", None)],
+        "right": [("right", None)],
+    }
 
 
 def test_wrong_input_shape_is_named() -> None:

@@ -227,6 +227,21 @@ def test_an_accepted_drop_still_spends_all_updates(trimmer: Trimmer) -> None:
     assert made.schedule.retrain_updates == 23
 
 
+@pytest.mark.parametrize(("drop", "share"), [(None, 0.5), (0.03, 0.0), (0.03, 0.5)])
+def test_only_the_last_round_looks_at_the_selection_split(drop: float | None, share: float, trimmer: Trimmer) -> None:
+    """Also where the accepted drop makes an intermediate round the last one; the schedule replays bit for bit."""
+    checked = replace(UPDATES, check_every=2, patience=1)
+    settings = NetworkTrimmingSettings(max_rounds=4, accepted_drop=drop, final_share=share)
+    made = network_trimming(trimmer, budget=0.1, retraining=checked, seed=3, settings=settings)
+    trainings = [entry.training for entry in made.rounds if entry.training is not None]
+    assert [math.isnan(training.best_accuracy) for training in trainings] == [True] * (len(trainings) - 1) + [False]
+    assert made.schedule.retrain_updates == 23
+    assert [entry.updates_taken for entry in made.rounds[:-1]] == [entry.retrain_updates for entry in made.rounds[:-1]]
+    again = build(trimmer, made.schedule)
+    assert same_weights(again.network, made.network)
+    assert again.rounds == made.rounds
+
+
 # ---- targets ---------------------------------------------------------------------------------------------------------
 def test_only_the_given_targets_are_trimmed(trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(targets=("fc1",), max_rounds=2)

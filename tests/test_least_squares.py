@@ -97,18 +97,24 @@ def test_duplicates_and_dead_channels_are_chosen_last() -> None:
     np.testing.assert_allclose(eliminate([item], order)[3:], 0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [None, 50])
 @pytest.mark.parametrize("seed", range(3))
-def test_mixing_by_the_normal_equations(seed: int) -> None:
+def test_mixing_by_the_normal_equations(seed: int, rows: int | None) -> None:
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6))
+    x = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) * [1.0, 1e-3, 1e3, 1.0, 10.0, 0.1]
     moment = x.T @ x / 50
     kept, removed = np.array([0, 2, 5]), np.array([1, 3, 4])
-    ridge = 1e-3 * np.mean([moment[k, k] for k in kept])
-    # ridge regression is plain least squares with extra rows sqrt(50 ridge) I against zeros
-    rows = np.vstack([x[:, kept], np.sqrt(50 * ridge) * np.eye(3)])
-    targets = np.vstack([x[:, removed], np.zeros((3, 3))])
-    expected = np.linalg.lstsq(rows, targets, rcond=None)[0]
-    np.testing.assert_allclose(solve_mixing(moment, kept, removed), expected, rtol=1e-8)
+    ridge = 1e-4 + (0.05 * 3 / 50 if rows else 0.0)
+    # ridge regression is plain least squares with extra rows against zeros, each in its feature's own unit
+    extra = np.diag([np.sqrt(50 * ridge * moment[k, k]) for k in kept])
+    stacked, targets = np.vstack([x[:, kept], extra]), np.vstack([x[:, removed], np.zeros((3, 3))])
+    expected = np.linalg.lstsq(stacked, targets, rcond=None)[0]
+    np.testing.assert_allclose(solve_mixing(moment, kept, removed, rows=rows), expected, rtol=1e-6)
+    weight = rng.normal(size=(3, 7))
+    np.testing.assert_allclose(solve_mixing(moment, kept, removed, weight, rows=rows), expected @ weight, rtol=1e-6)
+    np.testing.assert_allclose(
+        solve_mixing(moment, kept, removed, weight[:, :2], rows=rows), expected @ weight[:, :2], rtol=1e-6
+    )
 
 
 def test_singular_systems_stay_harmless() -> None:

@@ -1,8 +1,10 @@
 """Schedules and the distillation loss by hand; determinism, restarts, best weights and what must come back."""
 
 import copy
+import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +250,7 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="batch_size >= 2, but got 0 and 1"):
         RetrainSettings(batch_size=1)
     for rate in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="learning_rate must be positive"):
+        with pytest.raises(UserError, match=r"learning_rate must be (positive|a finite number), but got"):
             RetrainSettings(learning_rate=rate)
     with pytest.raises(UserError, match=r"distillation must be in \[0, 1\], but got 1.5; it is a share of the loss"):
         RetrainSettings(distillation=1.5)
@@ -256,6 +258,59 @@ def test_refusals() -> None:
         RetrainSettings(momentum=1.0)
     with pytest.raises(UserError, match="temperature positive"):
         RetrainSettings(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("updates", 1.5, "a whole number"), ("updates", True, "a whole number"), ("updates", None, "a whole number"),
+        ("batch_size", 2.5, "a whole number"), ("check_every", 1.5, "a whole number"),
+        ("crop_padding", 0.5, "a whole number"), ("patience", "3", "a whole number"),
+        ("flip", "yes", "true or false"), ("flip", 1, "true or false"), ("carry_state", None, "true or false"),
+        ("epochs", "x", "a finite number"), ("epochs", 1e400, "a finite number"),
+        ("epochs", 10**400, "a finite number"),
+        ("weight_decay", float("nan"), "a finite number"), ("clip_norm", float("nan"), "a finite number"),
+        ("clip_norm", True, "a finite number"), ("temperature", float("inf"), "a finite number"),
+        ("momentum", float("nan"), "a finite number"), ("label_smoothing", "0.1", "a finite number"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused(name: str, value: Any, wanted: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name} must be {wanted}, but got {re.escape(repr(value)[:20])}"):
+        RetrainSettings(**{name: value})
+
+
+def test_numbers_of_numpy_become_plain() -> None:
+    settings = RetrainSettings(updates=np.int64(7), learning_rate=np.float32(0.5))  # type: ignore[arg-type]
+    assert json.dumps(asdict(settings)) == json.dumps(asdict(RetrainSettings(updates=7, learning_rate=0.5)))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, True, "3"])
+def test_seeds_of_a_training(seed: Any) -> None:
+    with pytest.raises(UserError, match=r"seed must be a whole number from 0 to 2\*\*63 - 1, but got"):
+        retrain(make(ToyMLP), split_of((5,)), RetrainSettings(updates=1), seed=seed)
+    retrain(make(ToyMLP), split_of((5,)), RetrainSettings(updates=1), seed=2**63 - 1)
+
+
+@pytest.mark.parametrize("frozen", ["all", "fc1", "none"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_gradient_flags_come_back(frozen: str, fails: bool) -> None:
+    """A network frozen for inference trains whole, one frozen in part keeps that part; the flags are as before."""
+    network = make(ToyMLP)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(frozen == "none" or not (frozen == "all" or name.startswith(frozen)))
+    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    data = split_of((5,), poison=float("nan") if fails else None)
+    settings = RetrainSettings(updates=12, batch_size=16, learning_rate=0.1)
+    if fails:
+        with pytest.warns(UserWarning, match="diverged"), pytest.raises(UserError, match="diverged four times"):
+            retrain(network, data, settings, seed=0)
+    else:
+        retrain(network, data, settings, seed=0)
+        moved = {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
+        assert moved == {name for name in before if frozen == "all" or not name.startswith(frozen)}
+    assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 # ---- epochs ---------------------------------------------------------------------------------------------------------
@@ -509,7 +564,7 @@ def test_refusals_of_lengths_and_checks() -> None:
     with pytest.raises(UserError, match="but got updates=5 and epochs=2; set one of them to 0"):
         RetrainSettings(updates=5, epochs=2)
     for epochs in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="epochs must be a number from 0"):
+        with pytest.raises(UserError, match=r"epochs must be a (number from 0|finite number), but got"):
             RetrainSettings(epochs=epochs)
     with pytest.raises(UserError, match="check_every and patience must be at least 0, but got -1 and 0"):
         RetrainSettings(check_every=-1)

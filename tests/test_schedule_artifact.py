@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ def test_only_rounds_are_needed() -> None:
         ({"retraining": {"learning_rate": -1}}, "learning_rate must be positive"),
         ({"retraining": {"learning_rate": "fast"}}, "learning_rate"),
         ({"seed": "x"}, "seed"),
+        ({"seed": -1}, "the seed of a schedule must be a whole number from 0"),
+        ({"seed": 10**40}, r"the seed of a schedule must be a whole number from 0 to 2\*\*63 - 1"),
+        ({"seed": 2**63}, "but got 9223372036854775808"),
+        ({"repair": {"seed": 10**40}}, "seed must be a whole number from 0"),
+        ({"retraining": {"weight_decay": math.nan}}, "weight_decay must be a finite number, but got nan"),
+        ({"retraining": {"clip_norm": 10**400}}, "clip_norm must be a finite number"),
     ],
 )
 def test_a_broken_schedule_is_explained_and_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -106,13 +113,28 @@ def test_a_broken_schedule_is_explained_and_named(change: dict[str, Any], messag
     assert "edited.json" in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "must be JSON, but .*x.json is not"), ("[]", "x.json: .*rounds")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be JSON, but .*x.json is not"),
+        ("[]", "x.json: .*rounds"),
+        ("[" * 100_000 + "]" * 100_000, "must be JSON, but .*x.json is not"),
+    ],
+    ids=["open", "list", "deep"],
+)
 def test_no_schedule_at_all(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=message):
         Schedule.load(tmp_path / "x.json")
     with pytest.raises(UserError, match=r"must be readable, but .*absent\.json is not"):
         Schedule.load(tmp_path / "absent.json")
+
+
+def test_the_largest_seed_builds(task: PruningTask) -> None:
+    repair = replace(SCHEDULE.repair, seed=2**63 - 1)
+    made = build(Trimmer(task, repair), replace(SCHEDULE, repair=repair, seed=2**63 - 1))
+    assert 0 <= round_seed(2**63 - 1, 1) < 2**63
+    assert made.rounds[-1].widths == SECOND.counts
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -170,3 +192,29 @@ def test_progress_counts_over_all_rounds(trimmer: Trimmer) -> None:
     seen: list[int] = []
     build(trimmer, SCHEDULE, progress=seen.append)
     assert seen == list(range(1, 13))
+
+
+# ---- the selection split ---------------------------------------------------------------------------------------------
+def test_only_the_last_training_is_scored(trimmer: Trimmer, built: Built) -> None:
+    """The first round equals the one trained without checks; patience ends the second."""
+    impatient = replace(SCHEDULE.retraining, check_every=1, patience=1, learning_rate=0.2)
+    rounds = (SCHEDULE.rounds[0], Round(SECOND, 40))
+    scored = build(trimmer, replace(SCHEDULE, rounds=rounds, retraining=impatient))
+    blind = build(trimmer, replace(SCHEDULE, rounds=rounds, retraining=impatient.without_checks()))
+    first, last = scored.rounds
+    assert first.after_retraining == blind.rounds[0].after_retraining
+    assert first.training is not None
+    assert math.isnan(first.training.best_accuracy)
+    assert (first.updates_taken, first.stopped_early) == (5, False)
+    assert last.training is not None
+    assert last.training.best_accuracy == trimmer.score_selection(scored.network).accuracy
+    assert last.stopped_early
+    assert last.updates_taken == last.training.best_update + 1 < last.retrain_updates == 40
+    assert scored.updates_taken == 5 + last.updates_taken
+    assert blind.updates_taken == 45
+    assert last.training.state is None  # a record needs no copy of the momentum
+
+
+def test_a_round_without_training_took_no_updates(trimmer: Trimmer) -> None:
+    made = build(trimmer, Schedule((Round(FIRST),), SCHEDULE.repair))
+    assert (made.rounds[0].training, made.updates_taken) == (None, 0)

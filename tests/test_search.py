@@ -16,14 +16,25 @@ from prunegym.agent import LearnerSettings, SearchResult, SearchSettings, search
 from prunegym.agent.finalists import Finalist, compare_pair
 from prunegym.agent.history import COLUMNS
 from prunegym.agent.learner import make_environments, make_learner, noise_setter
-from prunegym.agent.run_folder import RunFolder
+from prunegym.agent.report import headers, markdown, table_rows, training_lines
+from prunegym.agent.run_folder import RunFolder, results
 from prunegym.agent.search import derive_seed
 from prunegym.envs import RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import DEFAULT_TASK
-from prunegym.pruning import PruningTask, Schedule, Score, Trimmer, UserError, build, load_data, prepare_task
+from prunegym.pruning import (
+    PruningTask,
+    Schedule,
+    Score,
+    Trimmer,
+    UserError,
+    build,
+    load_data,
+    prepare_task,
+    retraining,
+)
 from prunegym.pruning.artifact import load_pruned
 from prunegym.pruning.heuristics import NetworkTrimmingSettings
-from prunegym.pruning.retraining import RetrainSettings
+from prunegym.pruning.retraining import RetrainResult, RetrainSettings
 from prunegym.pruning.splits import SealedSplit
 from scipy.stats import binomtest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -172,6 +183,85 @@ def test_the_winner_is_the_best_candidate_on_the_selection_split(run: tuple[Sear
     assert same_weights(build(Trimmer(fresh_task(), result.schedule.repair), result.schedule).network, result.network)
 
 
+IMPATIENT = RetrainSettings(updates=60, batch_size=32, learning_rate=0.3, clip_norm=0.5, check_every=2, patience=1)
+
+
+def test_the_report_counts_the_updates_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience ends trainings at different steps; each step is counted where it is taken."""
+    taken: list[int] = []
+    step = retraining._update
+    monkeypatch.setattr(retraining, "_update", lambda *arguments: (taken.append(1), step(*arguments))[1])
+    result = search(fresh_task(), settings=replace(QUICK, trim=replace(QUICK.trim, retraining=IMPATIENT)), seed=4)
+    pruned = result.finalists[1:]
+    assert sum(finalist.updates_taken for finalist in pruned) == len(taken) < 60 * len(pruned)
+    assert len({finalist.updates_taken for finalist in pruned}) > 1
+    rows = {row[0]: row for row in table_rows(result)}
+    text, written = markdown(result), results(result)
+    assert "same number of retraining updates (column" not in text
+    assert "did not take the same number of retraining updates, though all were allowed 60" in text
+    for finalist, entry in zip(pruned, written["finalists"][1:], strict=True):
+        column = headers(result).index("retraining")
+        assert rows[finalist.label][column] == str(finalist.updates_taken)
+        assert (entry["retrain_updates"], entry["retrain_updates_asked"]) == (finalist.updates_taken, 60)
+        last = finalist.rounds[-1].training
+        assert last is not None
+        assert entry["rounds"][-1]["best_update"] == last.best_update
+        assert entry["rounds"][-1]["best_accuracy_selection_split"] == finalist.selection.accuracy
+        kept = f"the weights of update {last.best_update} were kept ({100 * finalist.selection.accuracy:.2f} % on the"
+        said = [line for line in training_lines(result) if line.startswith(finalist.label) and kept in line]
+        whole = last.best_update == finalist.rounds[-1].retrain_updates
+        assert len(said) == (0 if whole else 1)
+        assert all(line in text for line in said)
+        if finalist.rounds[-1].stopped_early:
+            assert f"stopped early, after {last.updates} of {finalist.rounds[-1].retrain_updates} updates" in said[0]
+    assert same_weights(build(Trimmer(fresh_task(), result.schedule.repair), result.schedule).network, result.network)
+
+
+def test_the_same_number_is_claimed_where_it_is_true(run: tuple[SearchResult, Path]) -> None:
+    assert "- Every pruned network got the same number of retraining updates (column *retraining*), on" in markdown(
+        run[0]
+    )
+    assert training_lines(run[0]) == []
+
+
+def test_a_divergence_is_told_with_all_its_updates(run: tuple[SearchResult, Path]) -> None:
+    """Asked for 10 updates at rate 0.01; 3 were lost to a divergence before 10 at a quarter of the rate."""
+    agent = run[0].finalists[-1]
+    done = replace(agent.rounds[-1], training=RetrainResult(13, 0.5, 0.0025, best_update=10))
+    told = replace(run[0], finalists=[*run[0].finalists[:-1], replace(agent, rounds=(done,))])
+    assert training_lines(told) == [
+        "agent: training diverged and began again at the learning rate 0.0025, 13 updates in all where 10 were asked "
+        "for; the weights of update 10 were kept."
+    ]
+    assert "did not take the same number of retraining updates, though all were allowed 10;" in markdown(told)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"working_directory": 5}', '{"working_directory": "absent"}', "[" * 9999]
+)
+def test_a_run_that_does_not_say_where_it_started(text: str, tmp_path: Path) -> None:
+    assert RunFolder(tmp_path).started_in is None
+    (tmp_path / "versions.json").write_text(text)
+    assert RunFolder(tmp_path).started_in is None
+
+
+def test_candidates_are_what_the_search_scored(task: PruningTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With training inside the episode and checks for the final one: a candidate's training is not scored either."""
+    seen: list[tuple[float, float]] = []
+    inner = build
+
+    def recording(trimmer: Trimmer, schedule: Schedule, **keywords: Any) -> Any:
+        built = inner(trimmer, schedule, **keywords)
+        seen.append((built.rounds[-1].after_retraining.accuracy, built.rounds[-1].after_retraining.loss))
+        return built
+
+    monkeypatch.setitem(search.__globals__, "build", recording)
+    trim = replace(QUICK.trim, rounds=2, retrain_updates=4, retraining=IMPATIENT)
+    result = search(task, settings=replace(QUICK, trim=trim, compare=False, max_evaluations=8))
+    assert seen[:2] == [(row.accuracy, row.loss) for row, _ in result.candidates]
+    assert same_weights(inner(Trimmer(task, result.schedule.repair), result.schedule).network, result.network)
+
+
 # ---- limits ----------------------------------------------------------------------------------------------------------
 def test_the_evaluations_are_counted(run: tuple[SearchResult, Path]) -> None:
     rows = run[0].history.rows
@@ -245,6 +335,12 @@ def test_learners_that_cannot_work_are_refused(settings: LearnerSettings, messag
         (lambda: LearnerSettings(learning_rate=0), "learning_rate must be positive"),
         (lambda: SearchSettings(max_evaluations=0), "max_evaluations and candidates must be at least 1"),
         (lambda: SearchSettings(max_minutes=-1), "max_minutes at least 0"),
+        (lambda: SearchSettings(max_minutes=np.nan), "max_minutes must be a finite number, but got nan"),
+        (lambda: SearchSettings(seed=10**40), r"seed must be a whole number from 0 to 2\*\*63 - 1"),
+        (lambda: SearchSettings(candidates=1.5), "candidates must be a whole number, but got 1.5"),  # type: ignore[arg-type]
+        (lambda: LearnerSettings(noise_start=np.inf), "noise_start must be a finite number, but got inf"),
+        (lambda: LearnerSettings(hidden=[8.5]), "hidden must be a list of whole numbers, but got"),  # type: ignore[list-item]
+        (lambda: NetworkTrimmingSettings(sigmas=np.nan), "sigmas must be a finite number, but got nan"),
     ],
 )
 def test_impossible_settings(make: Callable[[], Any], message: str) -> None:
@@ -259,6 +355,7 @@ def test_impossible_settings(make: Callable[[], Any], message: str) -> None:
         ({"budget": 0.0}, r"budget must be in \(0, 1\], but got budget=0"),
         ({"budget_unit": "flops"}, "budget_unit must be one of macs, params"),
         ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 10**40}, r"seed must be a whole number from 0 to 2\*\*63 - 1, but got 1000"),
         ({"max_evaluations": 0}, "max_evaluations and candidates must be at least 1"),
         ({"retrain_updates": -1}, "updates >= 0"),
     ],

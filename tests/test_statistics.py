@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from prunegym.pruning.errors import UserError
 from prunegym.pruning.grouping import find_groups
-from prunegym.pruning.layers import patches
+from prunegym.pruning.layers import patches, weight_matrix
 from prunegym.pruning.statistics import Statistics, measure
 from torch import Tensor, nn
 from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
@@ -54,13 +54,13 @@ FORWARDS: list[tuple[Callable[[], Any], Callable[..., Any]]] = [
 
 
 def by_hand(net: Any, forward: Callable[..., Any], x: Tensor, y: Tensor) -> dict[str, dict[str, np.ndarray]]:
-    """Compute the group statistics example by example."""
+    """Compute the group statistics example by example, without Taylor 2019."""
     result: dict[str, dict[str, Any]] = {}
     for n in range(len(x)):
         logits, maps, _ = forward(net, x[n : n + 1])
         loss = F.cross_entropy(logits, y[n : n + 1])
         for group, shown in maps.items():
-            sums = result.setdefault(group, dict.fromkeys(("apoz", "mean", "t17", "t19", "batch"), 0.0))
+            sums = result.setdefault(group, dict.fromkeys(("apoz", "mean", "t17", "batch"), 0.0))
             for z, g in zip(shown, torch.autograd.grad(loss, shown, retain_graph=True), strict=True):
                 values = z.detach().numpy().reshape(z.shape[1], -1)
                 product = (g * z).detach().numpy().reshape(z.shape[1], -1)
@@ -68,8 +68,19 @@ def by_hand(net: Any, forward: Callable[..., Any], x: Tensor, y: Tensor) -> dict
                 sums["apoz"] += share * (values == 0).mean(1) / len(shown)
                 sums["mean"] += share * values.mean(1) / len(shown)
                 sums["t17"] += share * np.abs(product.mean(1))
-                sums["t19"] += share * product.sum(1) ** 2
                 sums["batch"] += share * product.mean(1)  # its absolute value is what Taylor 2017 is not
+    return result
+
+
+def gates(net: Any, forward: Callable[..., Any], x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+    """Return the squared gradient of a minibatch's mean loss by a number that multiplies each channel."""
+    logits, maps, _ = forward(net, x)
+    loss = F.cross_entropy(logits, y)
+    result: dict[str, np.ndarray] = {}
+    for group, shown in maps.items():
+        for z, g in zip(shown, torch.autograd.grad(loss, shown, retain_graph=True), strict=True):
+            gate = (g * z).detach().transpose(0, 1).flatten(1).sum(1).numpy()
+            result[group] = result.get(group, 0.0) + gate**2
     return result
 
 
@@ -93,7 +104,8 @@ def test_group_statistics_by_hand(toy: Callable[[], Any], forward: Callable[...,
         np.testing.assert_allclose(ours.apoz, hand["apoz"], rtol=1e-10)
         np.testing.assert_allclose(ours.mean_activation, hand["mean"], rtol=1e-10)
         np.testing.assert_allclose(ours.taylor_2017, hand["t17"], rtol=1e-8, atol=1e-14)
-        np.testing.assert_allclose(ours.taylor_2019, hand["t19"], rtol=1e-8, atol=1e-14)
+        each = [(len(inputs) / 12) * gates(network, forward, inputs, labels)[name] for inputs, labels in batches]
+        np.testing.assert_allclose(ours.taylor_2019, sum(each), rtol=1e-8, atol=1e-14)
         assert 0 < hand["apoz"].mean() < 1
         assert hand["t17"].max() > 1e-4
     assert statistics.examples == 12
@@ -166,25 +178,91 @@ def test_few_positions_estimate_the_moments_of_all() -> None:
     np.testing.assert_array_equal(again.second_moment, some.second_moment)
 
 
+def within(parts: np.ndarray) -> np.ndarray:
+    """Average the parts' covariances; parts: (parts, rows, C)."""
+    return np.mean([np.cov(part.T, bias=True) for part in parts], axis=0)
+
+
 def test_a_convolution_of_many_features_shares_them_between_taps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prunegym.pruning.moments, "PATCH_LIMIT", 35)  # conv2 of the toy reads 4 x 9 features
     network, statistics, batches = measured(ToyConv, 5)
     _, _, read = forward_conv(network, torch.cat([x for x, _ in batches]))
-    rows = read["conv2"].detach().permute(0, 2, 3, 1).reshape(-1, 4).numpy()
+    rows = unfolded(network.conv2, read["conv2"])  # (examples × positions, 36)
     ours = statistics.consumers["conv2"]
     assert ours.rows == len(rows)
-    np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(ours.variance, rows.var(0), rtol=1e-10, atol=1e-15)
+    taps = np.moveaxis(rows.reshape(-1, 4, 9), 2, 0)
+    np.testing.assert_allclose(ours.covariance, within(taps), rtol=1e-10, atol=1e-15)
+    plain = np.mean([tap.T @ tap / len(tap) for tap in taps], axis=0)
+    np.testing.assert_allclose(ours.second_moment, plain, rtol=1e-10, atol=1e-15)
 
 
 def test_a_wide_flatten_shares_features_between_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)  # fc1 of the toy reads 24 features
     network, statistics, batches = measured(ToyConv, 5)
     _, maps, _ = forward_conv(network, torch.cat([x for x, _ in batches]))
-    rows = maps["conv2"][0].detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()  # (N·4, 6)
+    rows = maps["conv2"][0].detach().flatten(1).numpy()  # (N, 6·4)
     ours = statistics.consumers["fc1"]
-    assert ours.rows == 12 * 4
+    assert ours.rows == 12
     np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(ours.second_moment, rows.T @ rows / len(rows), rtol=1e-10, atol=1e-15)
+    positions = np.moveaxis(rows.reshape(12, 6, 4), 2, 0)
+    np.testing.assert_allclose(ours.covariance, within(positions), rtol=1e-10, atol=1e-15)
+
+
+def test_an_uneven_flatten_has_no_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)
+
+    class Turned(ToyConv):
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.relu(self.conv2(self.pool(self.relu(self.conv1(images)))))
+            return self.fc2(self.relu(self.fc1(maps.permute(0, 2, 3, 1).flatten(1))))  # positions first
+
+    network, statistics, batches = measured(Turned, 5)
+    ours = statistics.consumers["fc1"]
+    assert ours.covariance.shape == (0, 0)
+    _, maps, _ = forward_conv(network, torch.cat([x for x, _ in batches]))
+    rows = maps["conv2"][0].detach().permute(0, 2, 3, 1).flatten(1).numpy()
+    np.testing.assert_allclose(ours.mean, rows.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(ours.variance, rows.var(0), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose2d(3, 4, 2, stride=2),
+        nn.ConvTranspose2d(3, 4, (4, 3), stride=(2, 3), padding=(1, 2), output_padding=(1, 0), dilation=(1, 2)),
+        nn.ConvTranspose2d(3, 4, 2, padding=1),
+        nn.ConvTranspose1d(3, 4, 5, stride=3, padding=1, output_padding=2),
+        nn.ConvTranspose3d(3, 4, 2, stride=2, padding=1),
+    ],
+)
+def test_patches_of_a_transposed_convolution(layer: Any) -> None:
+    shape = {nn.ConvTranspose1d: (7,), nn.ConvTranspose2d: (4, 5), nn.ConvTranspose3d: (3, 2, 4)}[type(layer)]
+    x = images((3, *shape), 2)
+    read = patches(layer, x, 10**6, torch.Generator())
+    expected = layer(x).flatten(2).transpose(1, 2).flatten(0, 1)
+    matrix = torch.from_numpy(weight_matrix(layer, layer.weight, read.shape[1])).float()
+    torch.testing.assert_close(read @ matrix + layer.bias, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_sums_do_not_overflow() -> None:
+    network = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = 30 * images((12,), 4000), torch.zeros(4000, dtype=torch.int64)
+    groups = find_groups(network, x[:1])
+    exact = measure(network, groups, [(x, y)], gradients=False).consumers["2"]
+    some = measure(network.half(), groups, [(x.half(), y)], gradients=False).consumers["2"]
+    np.testing.assert_allclose(some.second_moment, exact.second_moment, rtol=0.05, atol=1e-3 * exact.variance.max())
+
+
+def test_moments_that_are_not_finite_name_the_layer() -> None:
+    network = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Softmax(1))
+    x = images((5,), 6)
+    groups = find_groups(network, x)
+    with torch.no_grad():
+        network[0].weight[0] = 1e30
+    with pytest.raises(UserError, match="what layer '2' reads must be finite, but are not"):
+        measure(network, groups, [(x, torch.zeros(6, dtype=torch.int64))], gradients=False)
 
 
 def test_weight_norms_by_hand() -> None:
@@ -209,8 +287,13 @@ def test_transposed_convolution_norms_and_moments() -> None:
     weight: Any = network[0].weight
     np.testing.assert_allclose(statistics.groups["0"].l1, weight.detach().abs().sum((0, 2, 3)).numpy())
     np.testing.assert_allclose(statistics.groups["0"].l2, weight.detach().square().sum((0, 2, 3)).sqrt().numpy())
-    rows = F.relu(network[0](x)).detach().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
-    np.testing.assert_allclose(statistics.consumers["2"].second_moment, rows.T @ rows / len(rows), rtol=1e-10)
+    ours, weight = statistics.consumers["2"], network[2].weight
+    expected = network[2](F.relu(network[0](x))).detach()  # its mean and variance follow from the moments
+    matrix = weight_matrix(network[2], weight, len(ours.mean))
+    bias: Any = network[2].bias
+    np.testing.assert_allclose(ours.mean @ matrix + bias.detach().numpy(), expected.mean((0, 2, 3)), rtol=1e-10)
+    variance = np.einsum("fo,fg,go->o", matrix, ours.covariance, matrix)
+    np.testing.assert_allclose(variance, expected.var((0, 2, 3), unbiased=False), rtol=1e-9)
 
 
 def test_group_without_activation_is_watched_at_its_layer() -> None:
@@ -341,3 +424,151 @@ def test_activation_that_is_overwritten_is_refused() -> None:
     x, y = images((5,)), torch.tensor([0, 1, 2, 0])
     with pytest.raises(UserError, match="an activation is overwritten in place after it was observed"):
         measure(network, find_groups(network, x), [(x, y)])
+
+
+class Wired(nn.Module):
+    """Layers by name, and a function that wires them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def interleaved(maps: Tensor) -> Tensor:
+    return maps.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+CONV, POINT = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+# the network before its last layer, its layers, and the ReLU's result by hand with channels in front
+SITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "turned round": (
+        lambda net, x: net.b(F.relu(net.a(x).flip(1))).mean((2, 3)), {"a": CONV, "b": POINT},
+        lambda net, x: F.relu(net.a(x)).transpose(0, 1),
+    ),
+    "channels last, as many rows as channels": (
+        lambda net, x: net.b(F.relu(net.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).mean((2, 3)),
+        {"a": CONV, "b": POINT}, lambda net, x: F.relu(net.a(x)).transpose(0, 1),
+    ),
+    "as many tokens as channels": (
+        lambda net, x: net.b(F.relu(net.a(x).flatten(2).transpose(1, 2))).mean(1),
+        {"a": nn.Conv2d(3, 16, 2, stride=2), "b": nn.Linear(16, 6)}, lambda net, x: F.relu(net.a(x)).transpose(0, 1),
+    ),
+    "a shuffle": (  # a unit is channels c and c + 4; both places show it
+        lambda net, x: net.b(F.relu(interleaved(net.a(x)))).mean((2, 3)), {"a": CONV, "b": POINT},
+        lambda net, x: F.relu(net.a(x)).unflatten(1, (2, 4)).transpose(1, 2).transpose(0, 1),
+    ),
+    "a flatten": (
+        lambda net, x: net.b(F.relu(net.a(x).flatten(1))), {"a": nn.Conv2d(3, 4, 3), "b": nn.Linear(144, 6)},
+        lambda net, x: F.relu(net.a(x)).transpose(0, 1),
+    ),
+    "a concatenation": (
+        lambda net, x: net.b(F.relu(torch.cat([net.c(x), net.a(x)], 1))).mean((2, 3)),
+        {"c": nn.Conv2d(3, 3, 1), "a": nn.Conv2d(3, 5, 1), "b": POINT},
+        lambda net, x: F.relu(net.a(x)).transpose(0, 1),
+    ),
+    "windows": (
+        lambda net, x: net.b(
+            F.relu(net.a(x).unflatten(3, (2, 4)).permute(0, 3, 2, 4, 1).flatten(0, 1)).unflatten(0, (-1, 2))
+        ).mean((1, 2, 3)),
+        {"a": CONV, "b": nn.Linear(8, 6)}, lambda net, x: F.relu(net.a(x)).transpose(0, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_activations_are_seen_where_their_channels_lie(name: str) -> None:
+    run, layers, shown = SITES[name]
+    network: Any = Wired(lambda net, x: net.fc(F.relu(run(net, x))), **layers, fc=nn.Linear(6, 3)).double()
+    with torch.no_grad():  # one channel is dead, the next one never, so that a wrong place is seen
+        network.a.bias.copy_(torch.linspace(-1, 1, len(network.a.bias)))
+        network.a.bias[:2] = torch.tensor([-9.0, 9.0])
+    x, y = images((3, 8, 8), 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    groups = find_groups(network, x[:2])
+    group = next(group for group in groups if group.name == "a")
+    (site,) = group.sites
+    assert site.rectified
+    ours = measure(network, groups, [(x[:4], y[:4]), (x[4:], y[4:])]).groups["a"]
+    values = shown(network, x).detach()  # (width, N, …)
+    assert len(values) == group.width
+    assert ours.apoz is not None
+    np.testing.assert_allclose(ours.apoz, (values == 0).double().flatten(1).mean(1), rtol=1e-10)
+    np.testing.assert_allclose(ours.mean_activation, values.flatten(1).mean(1), rtol=1e-10)
+    assert len(set(ours.apoz.tolist())) > 1
+    if name == "a shuffle":
+        return  # its units have two places each
+    expected = torch.zeros(group.width, dtype=torch.float64)
+    for n in range(6):  # the gradient by a factor of a channel is the sum of gradient × activation
+        scale = torch.ones(group.width, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(scaled(network, x[n : n + 1], scale), y[n : n + 1]), scale)
+        expected += gradient.abs() / 6 / values[0, 0].numel()
+    np.testing.assert_allclose(ours.taylor_2017, expected, rtol=1e-8, atol=1e-14)
+
+
+def scaled(network: Any, x: Tensor, scale: Tensor) -> Tensor:
+    """Run a network with the output of `a` multiplied: a ReLU passes a factor on."""
+    handle = network.a.register_forward_hook(lambda _m, _i, output: output * scale[:, None, None])
+    try:
+        return network(x)
+    finally:
+        handle.remove()
+
+
+def test_each_run_of_a_layer_counts_by_its_own_positions() -> None:
+    def two_scales(net: Any, x: Tensor) -> Tensor:
+        return net.fc(net.a(x).mean((2, 3)) + net.a(F.avg_pool2d(x, 2)).mean((2, 3)))
+
+    network: Any = Wired(two_scales, a=nn.Conv2d(3, 5, 3, padding=1), fc=nn.Linear(5, 3)).double()
+    x, y = images((3, 8, 8), 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    ours = measure(network, find_groups(network, x[:1]), [(x, y)]).groups["a"]
+    large, small = network.a(x), network.a(F.avg_pool2d(x, 2))
+    expected = (large.mean((0, 2, 3)) + small.mean((0, 2, 3))) / 2
+    np.testing.assert_allclose(ours.mean_activation, expected.detach(), rtol=1e-10)
+    loss = F.cross_entropy(network.fc(large.mean((2, 3)) + small.mean((2, 3))), y, reduction="sum")
+    gradients = torch.autograd.grad(loss, (large, small))
+    parts = [(g * z).mean((2, 3)).abs().mean(0) for g, z in zip(gradients, (large, small), strict=True)]
+    np.testing.assert_allclose(ours.taylor_2017, sum(parts).detach(), rtol=1e-10)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_network_that_begins_in_place_leaves_the_data(gradients: bool) -> None:
+    network = Wired(lambda net, x: net.b(F.relu(net.a(x.sub_(0.5)))), a=nn.Linear(5, 4), b=nn.Linear(4, 3))
+    x, y = images((5,), 6), torch.tensor([0, 1, 2, 0, 1, 2])
+    before = x.clone()
+    ours = measure(network, find_groups(network, x), [(x, y)], gradients=gradients).groups["a"]
+    assert torch.equal(x, before)
+    hidden = F.relu(network.get_submodule("a")(x - 0.5))
+    np.testing.assert_allclose(ours.mean_activation, hidden.mean(0).detach(), rtol=1e-5)
+
+
+def test_gradients_that_cannot_be_had_and_outputs_that_are_no_tensor() -> None:
+    y = torch.tensor([0, 1, 2, 0])
+    words = Wired(lambda net, x: net.b(F.relu(net.a(net.table(x).mean(1)))), table=nn.Embedding(9, 5),
+                  a=nn.Linear(5, 4), b=nn.Linear(4, 3))  # fmt: skip
+    tokens = torch.arange(12).reshape(4, 3) % 9
+    groups = find_groups(words, tokens)
+    with pytest.raises(UserError, match=r"inputs of floating-point numbers, but got torch.int64; .* gradients=False"):
+        measure(words, groups, [(tokens, y)])
+    assert measure(words, groups, [(tokens, y)], gradients=False).groups["a"].apoz is not None
+
+    def frozen(net: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = F.relu(net.a(x))
+        return net.b(hidden)
+
+    x = images((5,))
+    stem = Wired(frozen, a=nn.Linear(5, 4), b=nn.Linear(4, 3))
+    groups = find_groups(stem, x)
+    with pytest.raises(UserError, match=r"none reaches an activation .* runs under torch.no_grad"):
+        measure(stem, groups, [(x, y)])
+    assert np.isfinite(measure(stem, groups, [(x, y)], gradients=False).groups["a"].mean_activation).all()
+    cut_off = Wired(lambda net, x: net.b(F.relu(net.a(x.detach()))), a=nn.Linear(5, 4), b=nn.Linear(4, 3))
+    with pytest.raises(UserError, match=r"gradients must flow .* none reaches its output"):
+        measure(cut_off, find_groups(cut_off, x), [(x, y)])
+    several = Wired(lambda net, x: {"logits": net.b(F.relu(net.a(x)))}, a=nn.Linear(5, 4), b=nn.Linear(4, 3))
+    with pytest.raises(UserError, match=r"must return a tensor of logits \(N, classes\), but it returns a dict"):
+        measure(several, find_groups(several, x), [(x, y)])

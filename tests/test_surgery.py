@@ -295,6 +295,59 @@ def test_verification_catches_a_forgotten_batch_norm_count() -> None:
         apply_plan(network, groups, PruningPlan({"conv1": [0, 1]}), verify=x)
 
 
+class Scaled(nn.Module):
+    """An inverted bottleneck behind a layer scale of 1e-6, as ConvNeXt begins: it hardly shows in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.narrow = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.gamma = nn.Parameter(torch.full((6,), 1e-6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + self.gamma * self.narrow(torch.relu(self.wide(x))))
+
+
+def test_verification_looks_at_layers_that_hardly_show_in_the_output() -> None:
+    network, x = Scaled(), images((5,), 8)
+    groups = find_groups(network, x)
+    plan = PruningPlan({"wide": [0, 2, 5]})
+    apply_plan(network, groups, plan, verify=x)
+    wrong = apply_plan(network, tamper(groups, "wide", "narrow.weight"), plan)
+    assert (
+        relative(apply_plan(network, groups, plan)(x).detach(), wrong(x).detach()) < 1e-5
+    )  # the outputs alone do not tell
+    with pytest.raises(SurgeryError, match=r"must equal the masked one to 1e-05, but differs by .*, first at 'narrow'"):
+        verify_cut(network, wrong, groups, plan, x)
+
+
+def test_a_random_network_is_not_blamed_on_the_cut() -> None:
+    network: Any = make(ToyConv)
+    x = images(network.shape)
+    groups = find_groups(network, x)
+    network.pool.register_forward_hook(lambda _m, _i, output: torch.dropout(output, 0.5, True))
+    with pytest.raises(UserError, match=r"same output each time in evaluation mode, but two runs on one input differ"):
+        apply_plan(network, groups, PruningPlan({"conv1": [0, 2]}), verify=x)
+
+
+@pytest.mark.parametrize(("layer", "layout"), [(nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)])
+def test_memory_format_of_weights_stays(layer: Any, layout: torch.memory_format) -> None:
+    network: Any = nn.Sequential(
+        layer(3, 8, 3, padding=1), nn.ReLU(), layer(8, 6, 3, padding=1), nn.ReLU(), layer(6, 4, 2)
+    )
+    x = images((3, *[4] * (network[0].weight.dim() - 2)), 2)
+    groups, plan = find_groups(network, x), PruningPlan({"0": [1, 2, 5], "2": [0, 3]})
+    expected = apply_plan(network, groups, plan).state_dict()
+    smaller: Any = apply_plan(network.to(memory_format=layout), groups, plan, verify=x)
+    for place in (0, 2, 4):
+        assert smaller[place].weight.is_contiguous(memory_format=layout)
+        assert not smaller[place].weight.is_contiguous()
+    assert all(torch.equal(value, expected[key]) for key, value in smaller.state_dict().items())
+    plain = apply_plan(network.to(memory_format=torch.contiguous_format), groups, plan)
+    assert all(parameter.is_contiguous() for parameter in plain.parameters())
+
+
 def test_verify_returns_the_difference_it_found() -> None:
     network = make(ToyConv)
     x = images(network.shape)

@@ -23,6 +23,7 @@ from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, RepairSett
 from prunegym.pruning.cost import count_cost
 from prunegym.pruning.heuristics import uniform
 from prunegym.pruning.retraining import RetrainSettings
+from prunegym.pruning.splits import TensorSplit
 from stable_baselines3.common.env_checker import check_env as sb3_check
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
@@ -513,6 +514,17 @@ def test_a_ratio_refuses_what_its_largest_trim_cannot_reach(trimmer: Trimmer) ->
         (lambda: TrimSettings(score_scale=0.0), "score_scale must be positive"),
         (lambda: TrimSettings(largest_trim=1.0), r"largest_trim in \(0, 1\)"),
         (lambda: TrimSettings(budget=None), "objective 'budget' needs a budget"),
+        (lambda: TrimSettings(budget=1.5), r"budget must be in \(0, 1\], but got budget=1.5"),
+        (lambda: TrimSettings(budget=-1), r"budget must be in \(0, 1\], but got budget=-1"),
+        (lambda: TrimSettings(budget=float("nan")), "budget must be a finite number or None, but got nan"),
+        (lambda: TrimSettings(budget_unit="flops"), "budget_unit must be one of macs, params, but got 'flops'"),
+        (lambda: TrimSettings(budget=None, action="ratio", budget_unit="flops", reward=FLOOR), "budget_unit must be"),
+        (lambda: TrimSettings(score_scale=float("inf")), "score_scale must be a finite number, but got inf"),
+        (lambda: TrimSettings(rounds=1.5), "rounds must be a whole number, but got 1.5"),  # type: ignore[arg-type]
+        (lambda: TrimSettings(reward=RewardSettings(weights={"saving": math.nan})), "weights must be .*finite numbers"),
+        (lambda: TrimSettings(repair=3), "repair must be RepairSettings, but got 3"),  # type: ignore[arg-type]
+        (lambda: RepairSettings(seed=10**40), r"seed must be a whole number from 0 to 2\*\*63 - 1, but got 1000"),
+        (lambda: RepairSettings(seed=-1), "seed must be a whole number from 0"),
         (lambda: RewardSettings("budgte"), "got 'budgte'; did you mean 'budget'"),
         (lambda: RewardSettings(weights={"savings": 1.0}), "got 'savings'; did you mean 'saving'"),
         (lambda: RewardSettings(accepted_drop=2.0), r"accepted_drop must be in \(0, 1\], but got 2.0"),
@@ -529,10 +541,6 @@ def test_impossible_settings_are_refused(make: Any, message: str) -> None:
     [
         (TrimSettings(action="scores"), "got 'scores'; did you mean 'score'"),
         (TrimSettings(budget=None, reward=FLOOR), "action 'score' needs a budget"),
-        (TrimSettings(budget=1.5), r"budget must be in \(0, 1\], but got budget=1.5"),
-        (TrimSettings(budget=float("nan")), r"budget must be in \(0, 1\]"),
-        (TrimSettings(budget_unit="flops"), "budget_unit must be one of macs, params, but got 'flops'"),
-        (TrimSettings(budget=None, action="ratio", budget_unit="flops", reward=FLOOR), "budget_unit must be one of"),
         (TrimSettings(repair=RepairSettings("apoz")), "shared trimmer must have the environment's repair settings"),
     ],
 )
@@ -556,6 +564,25 @@ def test_mistakes_in_use(trimmer: Trimmer) -> None:
     episode(env, [0.0] * 3)
     with pytest.raises(gym.error.ResetNeeded, match="episode has ended"):
         env.step(np.zeros(1, np.float32))
+
+
+class Forbidden(TensorSplit):
+    """A selection split that nobody may read."""
+
+    def batches(self, *_: Any, **__: Any) -> Any:
+        pytest.fail("the selection split was read")
+
+
+def test_no_reward_depends_on_the_selection_split(task: PruningTask) -> None:
+    forbidden = Forbidden(torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64), name="selection")
+    training = RetrainSettings(batch_size=32, learning_rate=0.05)
+    checked = replace(training, check_every=1, patience=1)
+    infos = []
+    for chosen, settings in ((replace(task, selection=forbidden), checked), (task, training)):
+        env = TrimEnv(chosen, TrimSettings(budget=0.1, rounds=2, retrain_updates=6, retraining=settings))
+        infos.append([info for *_, info in episode(env, [0.3, -0.5, 0.1] * 2) if "accuracy" in info])
+    assert len(infos[0]) == 2
+    assert infos[0] == infos[1]
 
 
 # ---- not every width, not every group --------------------------------------------------------------------------------

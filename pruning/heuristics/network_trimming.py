@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..budget import solve_counts
+from ..checks import check_seed, check_types
 from ..cost import CostModel
 from ..errors import UserError, closest
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
-from ..schedule import BuiltRound, Round, Schedule, build, round_seed
+from ..schedule import BuiltRound, Round, Schedule, build, round_seed, round_training
 from ..trimmer import Subject, Trimmed, Trimmer
 
 Masks = dict[str, NDArray[np.bool_]]
@@ -53,7 +54,8 @@ class NetworkTrimmingSettings:
     compensation: str = "delete"
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
         if self.max_rounds < 1 or not 0 <= self.final_share <= 1 or not 0 < self.narrowest <= 1:
             raise UserError(
                 "Network Trimming needs max_rounds >= 1, final_share in [0, 1] and narrowest in (0, 1], but got "
@@ -98,8 +100,9 @@ def network_trimming(
         trimmer: Task and settings; its criterion is replaced by "apoz", its compensation by the settings'.
         budget: Share of the whole network's cost to keep, in (0, 1]. Met from below, within one allowed width.
         unit: "macs" or "params".
-        retraining: `updates` is the total over all rounds; the other values hold for each round.
-        seed: Of the retraining.
+        retraining: `updates` is the total over all rounds; the other values hold for each round, but only the
+            training after the last one looks at the selection split (`check_every`, `patience`).
+        seed: Of the retraining, in [0, 2**63).
         settings: See `NetworkTrimmingSettings`.
         progress: Called with the number of optimizer steps done so far.
 
@@ -107,6 +110,7 @@ def network_trimming(
         UserError: No group has a ReLU behind it, an unknown target, or a budget the targets cannot reach.
     """
     settings = settings or NetworkTrimmingSettings()
+    check_seed(seed)
     retraining = retraining.resolved(len(trimmer.task.train))
     repair = replace(trimmer.settings, criterion="apoz", compensation=settings.compensation)
     rectified = [group.name for group in trimmer.groups if group.rectified]
@@ -122,7 +126,8 @@ def network_trimming(
     early = int(retraining.updates * (1 - settings.final_share))  # updates for the rounds before the last
     per_round = early
 
-    subject, entries, records, spent, forced = trimmer.pristine, [], [], 0, False
+    subject, entries, records, spent = trimmer.pristine, [], [], 0
+    forced = finished = False
     trimmed: Trimmed | None = None
     apoz = [_mean_apoz(subject, targets)]
     for place in range(settings.max_rounds):
@@ -134,13 +139,14 @@ def network_trimming(
         plan = PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
         if place == 0:
             per_round = early // max(1, _rounds_ahead(trimmer, keep, budget, unit, settings.max_rounds) - 1)
-        updates = retraining.updates - spent if met or last else min(per_round, early - spent)
+        final = met or last
+        updates = retraining.updates - spent if final else min(per_round, early - spent)
         candidate = trimmer.trim(plan, subject)
         after_trim = candidate.score
         if updates:
             tell = (lambda done, before=spent: progress(before + done)) if progress else None
             candidate = trimmer.retrain(
-                candidate, replace(retraining, updates=updates), seed=round_seed(seed, place), progress=tell
+                candidate, round_training(retraining, updates, last=final), seed=round_seed(seed, place), progress=tell
             )
         if settings.accepted_drop is not None:
             drop = trimmer.baseline.accuracy - candidate.score.accuracy
@@ -152,10 +158,10 @@ def network_trimming(
             if drop > settings.accepted_drop:
                 break
         spent += updates
-        forced = gave_way
+        forced, finished = gave_way, final
         trimmed = candidate
         entries.append(Round(candidate.plan, updates))
-        records.append(BuiltRound(candidate.plan.counts, after_trim, candidate.score, candidate.cost, updates))
+        records.append(BuiltRound.of(candidate, after_trim, updates))
         subject = trimmer.examine_trimmed(candidate)
         apoz.append(_mean_apoz(subject, targets))
         if met:
@@ -164,9 +170,9 @@ def network_trimming(
         rounds=tuple(entries), repair=repair, retraining=replace(retraining, updates=0), seed=seed,
         made_by="network_trimming",
     )  # fmt: skip
-    if spent < retraining.updates:  # stopped by the accepted drop: the last round that stays gets what is left
-        final = replace(entries[-1], retrain_updates=entries[-1].retrain_updates + retraining.updates - spent)
-        schedule = replace(schedule, rounds=(*schedule.rounds[:-1], final))
+    if not finished and retraining.updates:  # the accepted drop: the last round that stays gets what is left
+        closing = replace(entries[-1], retrain_updates=entries[-1].retrain_updates + retraining.updates - spent)
+        schedule = replace(schedule, rounds=(*schedule.rounds[:-1], closing))
         built = build(trimmer, schedule, progress=progress)
         return NetworkTrimmingResult(built.network, schedule, built.rounds, targets, tuple(apoz), forced)
     assert trimmed is not None  # at least one round ran
