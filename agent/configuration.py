@@ -5,6 +5,7 @@ same name, for nothing and go on with default values.
 """
 
 import dataclasses
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -176,12 +177,12 @@ def _is_zero(value: str | None) -> bool:
 def _find_config(given: str) -> Path:
     """Return the file that is meant: a path, or the name of a shipped one."""
     path = Path(given)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False where the name is too long
         return path
     shipped = _config_folder() / f"{path.stem}.yaml"
-    if path.name == given and shipped.is_file():
+    if path.name == given and os.path.isfile(shipped):
         return shipped
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"a configuration must be a YAML file, but {given} is a directory; name the file in it")
     raise UserError(f"the configuration file {given} does not exist{closest(path.stem, shipped_configs())}")
 
@@ -231,7 +232,7 @@ def _check_section(option: str, value: str, known: Mapping[str, bool]) -> None:
     """Check a whole section that is given as one option, as YAML or as the name of a file."""
     path = Path(value)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8") if path.is_file() else value, _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8") if os.path.isfile(path) else value, _Loader)
     except UserError as error:
         raise UserError(f"{error} ({option})") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

@@ -324,7 +324,7 @@ def _marker(finalist: Finalist) -> str:
 
 
 def _reward_images(result: "SearchResult") -> int:
-    return result.settings.trim.repair.reward_images or len(result.task.reward)
+    return min(result.settings.trim.repair.reward_images or len(result.task.reward), len(result.task.reward))
 
 
 def short_count(count: float) -> str:

@@ -170,12 +170,18 @@ def compensate(
     after = dict(smaller.named_modules(remove_duplicate=False))
     measured = statistics.consumers if record.needs_data and statistics is not None else {}
     substitutions = {} if record.needs_data else find_substitutions(network, groups, plan)
+    refitted: set[int] = set()
+    losses: list[_Lost] = []
     for name, removed_inputs, norm in _shortened(groups, plan):
         if record.needs_data and name not in measured:
             raise UserError(f"compensation {method!r} needs second moments; call measure(..., grams=True)")
-        evidence = _Evidence(measured.get(name), substitutions.get(name, ()))
         outputs = entries.get(f"{name}.weight", {}).get(output_dim(before[name]))
-        _repair_layer(before[name], after[name], evidence, removed_inputs, outputs, repair, norm and after[norm])
+        evidence = _Evidence(measured.get(name), substitutions.get(name, ()))
+        lost = _Lost(before[name], after[name], evidence, removed_inputs, outputs, norm and after[norm])
+        losses.append(lost)
+        lost.refit(repair, write=id(lost.new.weight) not in refitted)  # a weight of two layers has one fit, the first's
+        refitted.add(id(lost.new.weight))
+    _restore_means(losses)
 
 
 def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tuple[str, IntArray, str | None]]:
@@ -201,36 +207,61 @@ class _Evidence:
     substitutions: Sequence[Substitution]
 
 
-def _repair_layer(
-    old: Any,
-    new: Any,
-    evidence: _Evidence,
-    removed_inputs: IntArray,
-    outputs: Tensor | None,
-    repair: Callable[[Loss], Repair],
-    norm: Any,
-) -> None:
-    moments = evidence.moments
-    size = (moments.size if moments is not None else 0) or input_width(old)
-    removed = features_of(old, removed_inputs, size)
-    kept = np.setdiff1d(np.arange(size), removed)
-    if isinstance(norm, nn.Module) and getattr(norm, "running_mean", None) is None:
-        norm = None
-    weight = old.weight if outputs is None else old.weight.index_select(output_dim(old), outputs.to(old.weight.device))
-    matrix = weight_matrix(old, weight, size)  # (features, columns)
-    constant = old.bias is not None or norm is not None
-    gained = repair(Loss(kept, removed, matrix[removed], constant, moments, evidence.substitutions))
+class _Lost:
+    """One layer that lost inputs.
+
+    Args:
+        old: The layer before the cut.
+        new: The layer after it.
+        evidence: What is known of its input.
+        removed_inputs: (n,) inputs that left.
+        outputs: (m,) outputs that stay; None = all.
+        norm: The batch norm that can hold a constant, if any.
+    """
+
+    def __init__(
+        self, old: Any, new: Any, evidence: _Evidence, removed_inputs: IntArray, outputs: Tensor | None, norm: Any
+    ) -> None:
+        self.old, self.new, self.evidence, self.removed_inputs = old, new, evidence, removed_inputs
+        self.weight = old.weight
+        if outputs is not None:
+            self.weight = old.weight.index_select(output_dim(old), outputs.to(old.weight.device))
+        running = None if norm is None else getattr(norm, "running_mean", None)
+        self.target: Tensor | None = running if new.bias is None else new.bias  # where a constant goes
+        self.sign = -1.0 if new.bias is None else 1.0
+        self._constant: FloatArray | None = None
+
+    def refit(self, repair: Callable[[Loss], Repair], *, write: bool) -> None:
+        """Write what the weights gain."""
+        moments = self.evidence.moments
+        size = (moments.size if moments is not None else 0) or input_width(self.old)
+        removed = features_of(self.old, self.removed_inputs, size)
+        kept = np.setdiff1d(np.arange(size), removed)
+        matrix = weight_matrix(self.old, self.weight, size)  # (features, columns)
+        constant = self.target is not None
+        gained = repair(Loss(kept, removed, matrix[removed], constant, moments, self.evidence.substitutions))
+        self._constant = gained.constant
+        if gained.weight is not None and write:
+            with torch.no_grad():
+                value = torch.from_numpy(matrix[kept] + gained.weight)
+                self.new.weight.copy_(as_weight(self.old, value, self.new.weight))
+
+    def shift(self) -> Tensor:
+        """Return (outputs,) the constant that the outputs miss, given the weights as they are now."""
+        if self.evidence.moments is None:
+            return _constants_lost(self.old, self.weight, self._constant, self.removed_inputs)
+        return _mean_lost(self.old, self.weight, self.new, self.evidence.moments, self.removed_inputs)
+
+
+def _restore_means(losses: Sequence[_Lost]) -> None:
+    """Add the constants that the layers miss; a bias that several layers share gets their mean."""
+    shifts: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    for lost in losses:
+        if lost.target is not None:
+            shifts.setdefault(id(lost.target), (lost.target, []))[1].append(lost.sign * lost.shift())
     with torch.no_grad():
-        if gained.weight is not None:
-            new.weight.copy_(as_weight(old, torch.from_numpy(matrix[kept] + gained.weight), new.weight))
-        if moments is not None:
-            shift = _mean_lost(old, weight, new, moments, removed_inputs)
-        else:
-            shift = _constants_lost(old, weight, gained.constant, removed_inputs)
-        if new.bias is not None:
-            new.bias.add_(shift.to(new.bias))
-        elif norm is not None:
-            norm.running_mean.sub_(shift.to(norm.running_mean))
+        for target, several in shifts.values():
+            target.add_(torch.stack(several).mean(0).to(target))
 
 
 def _mean_lost(old: Any, weight: Tensor, new: Any, moments: ConsumerStatistics, removed_inputs: IntArray) -> Tensor:

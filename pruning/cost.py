@@ -198,7 +198,7 @@ def _uses_per_weight(network: nn.Module, example_input: Tensor) -> dict[int, int
             # a transposed convolution uses each weight once per input position, the others per output position
             transposed = getattr(module, "transposed", False)
             tensor, channels = (inputs[0], int(module.in_channels)) if transposed else (output, width)
-            uses[key] = uses.get(key, 0) + tensor[:1].numel() // channels
+            uses[key] = uses.get(key, 0) + tensor.numel() // channels
 
         handles.append(module.register_forward_hook(count))
     with hooked(handles), evaluation_mode(network), torch.no_grad():

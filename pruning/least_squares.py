@@ -195,7 +195,7 @@ def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | IntArr
 class _Elimination:
     """The part of one consumer's input that the kept channels cannot explain, over the channels not yet kept.
 
-    Other groups' features (a concatenation) count as kept: the question is what this group's removal loses.
+    Other groups' features (a concatenation) are left out, as if they could not stand in for this group's.
     """
 
     def __init__(self, problem: ConsumerProblem) -> None:

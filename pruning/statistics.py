@@ -208,12 +208,11 @@ class _SiteSums:
         if self.gradients and not torch.is_grad_enabled():
             raise _no_gradient("an activation of its channel groups")
         if output.requires_grad:
-            version = output._version
+            # a ReLU's output cannot be overwritten before the backward pass, others can: these are kept as they were
+            seen = output.detach() if self.rectified else output.detach().clone()
 
-            def receive(gradient: Tensor, output: Tensor = output, version: int = version) -> None:
-                if output._version != version:
-                    raise UserError("an activation is overwritten in place after it was observed; use a copy there")
-                product = self._slots(gradient * output.detach()).sum(2).double()  # -> (N, slots)
+            def receive(gradient: Tensor, seen: Tensor = seen) -> None:
+                product = self._slots(gradient * seen).sum(2).double()  # -> (N, slots)
                 self.taylor_2017 = self.taylor_2017 + (product / positions).abs().sum(0)
                 self.taylor_2019 = self.taylor_2019 + product.sum(0).square() / len(product)
 

@@ -77,6 +77,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     [
         (["serch"], ["'serch'", "did you mean 'search'"]),
         (["search", "quickstar"], ["configuration file quickstar does not exist", "did you mean 'quickstart'"]),
+        (["search", "x" * 300], ["configuration file xxx", "does not exist"]),
         (["search", "absent/nothing.yaml"], ["configuration file absent/nothing.yaml does not exist"]),
         (["search", "quickstart", "--budgt", "0.3"], ["--budgt", "did you mean 'budget'"]),
         (

@@ -365,6 +365,40 @@ def test_the_scale_of_a_channel_does_not_matter(scale: float) -> None:
     assert errors["least_squares"] < 1e-5 * errors["delete"]
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, and one bias or each its own, read the same channels."""
+
+    shape = (5,)
+
+    def __init__(self, one_bias: bool) -> None:
+        super().__init__()
+        self.e, self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        if one_bias:
+            self.b.bias = self.a.bias
+        self.f, self.g = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.e(x))
+        return self.f(torch.tanh(self.a(hidden))) + self.g(torch.tanh(self.b(0.5 * hidden)))
+
+
+@pytest.mark.parametrize("method", ["fold_mean", "least_squares"])
+def test_layers_that_share_a_weight_are_repaired_once(method: str) -> None:
+    network = make(lambda: Tied(False), 0, DOUBLE)
+    x = images((5,), 64, dtype=DOUBLE)
+    smaller = repaired(network, {"e": [0, 1, 2, 3]}, method, x)
+    hidden = torch.relu(network.e(x))
+    for name, scale in (("a", 1.0), ("b", 0.5)):
+        before = network.get_submodule(name)(scale * hidden).mean(0)
+        after = smaller.get_submodule(name)(scale * hidden[:, :4]).mean(0)
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+    assert smaller.a.weight is smaller.b.weight
+    one = repaired(make(lambda: Tied(True), 0, DOUBLE), {"e": [0, 1, 2, 3]}, method, x)
+    middle = (smaller.a.bias - network.a.bias + smaller.b.bias - network.b.bias) / 2
+    torch.testing.assert_close(one.a.bias - network.a.bias, middle, rtol=1e-9, atol=1e-9)
+
+
 def test_an_uneven_flatten_keeps_the_means_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)
 

@@ -72,7 +72,17 @@ def test_counting_leaves_modes_and_hooks() -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-@pytest.mark.parametrize("toy", TOYS)
+class Folded(ToyConv):
+    """Cuts each image into four tiles before the convolutions: layers see four examples for one."""
+
+    shape = (2, 16, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tiles = images.unflatten(3, (2, 8)).unflatten(2, (2, 8)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return super().forward(tiles).unflatten(0, (-1, 4)).mean(1)
+
+
+@pytest.mark.parametrize("toy", [*TOYS, Folded])
 def test_model_predicts_cut_toys(toy: Callable[[], Any]) -> None:
     network = make(toy)
     model, groups = model_of(network, network.shape)

@@ -410,20 +410,32 @@ def test_outputs_that_are_not_finite(value: float) -> None:
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
-def test_activation_that_is_overwritten_is_refused() -> None:
-    class Overwriting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(5, 4)
-            self.last = nn.Linear(4, 3)
+class Overwriting(nn.Module):
+    """Changes an activation in place after it was observed, or leaves it and changes a copy."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(F.gelu(self.first(x)).mul_(2.0))
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.first, self.second, self.last = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
 
-    network = Overwriting()
-    x, y = images((5,)), torch.tensor([0, 1, 2, 0])
-    with pytest.raises(UserError, match="an activation is overwritten in place after it was observed"):
-        measure(network, find_groups(network, x), [(x, y)])
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.first(x)
+        maps = F.gelu(self.second(start))
+        maps = maps.add_(start).mul_(2.0) if self.in_place else (maps + start) * 2.0
+        return self.last(maps)
+
+
+def test_an_activation_may_be_overwritten_after_it_was_observed() -> None:
+    network = make(lambda: Overwriting(True), dtype=torch.float64)
+    copied = make(lambda: Overwriting(False), dtype=torch.float64)
+    x, y = images((5,), 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    ours, expected = (measure(net, find_groups(net, x), [(x, y)]).groups for net in (network, copied))
+    assert list(ours) == list(expected)
+    for name, group in expected.items():
+        np.testing.assert_allclose(ours[name].taylor_2017, group.taylor_2017, rtol=1e-10)
+        np.testing.assert_allclose(ours[name].mean_activation, group.mean_activation, rtol=1e-10)
+        assert group.taylor_2017 is not None
+        assert group.taylor_2017.max() > 0
 
 
 class Wired(nn.Module):
