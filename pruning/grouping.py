@@ -87,9 +87,11 @@ def _survey(network: nn.Module, example_input: Tensor, include: Sequence[str], i
         found = graph
     else:
         found = _proved(trial, labelled, inputs)
+    reason = "a function uses this parameter as weights; put it into a layer to have its channels followed"
+    bare = [RefusedGroup(name, width, reason) for name, width in trace.bare.items()]
     return GroupSurvey(
         groups=tuple(_groups(found)),
-        refused=tuple(group for group in found if isinstance(group, RefusedGroup)),
+        refused=(*(group for group in found if isinstance(group, RefusedGroup)), *bare),
     )
 
 

@@ -26,7 +26,7 @@ def label_drafts(network: nn.Module, example_input: Tensor, trace: Trace) -> lis
         One draft per group, and one more per layer some or all of whose channels never leave.
     """
     found = follow_channels(network, example_input)
-    trace.slots = _slots(found)
+    trace.slots, trace.bare = _slots(found), found.bare
     trace.roots = {name: found.labels.roots(labels) for name, labels in found.outputs.items()}
     modules = dict(network.named_modules())
     producers = {

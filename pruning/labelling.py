@@ -33,6 +33,7 @@ class Following:
         counts: (module, attribute, (n,) labels that the attribute counts).
         through: Grouped convolutions, in order of execution.
         calls: Of each activation call, in order: labels and number of entries by dimension of its result.
+        bare: Parameter that a function used as weights, of no layer -> number of channels it makes.
     """
 
     labels: Labels
@@ -42,6 +43,7 @@ class Following:
     counts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     through: dict[str, None] = field(default_factory=dict)
     calls: list[tuple[Tensor | None, tuple[int, ...]]] = field(default_factory=list)
+    bare: dict[str, int] = field(default_factory=dict)
 
 
 class Labelling(TorchFunctionMode):
@@ -50,6 +52,7 @@ class Labelling(TorchFunctionMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.labels = Labels()
+        self.modules = dict(network.named_modules())
         self.found = Following(self.labels)
         self.stack: list[tuple[str, nn.Module]] = []
         self.stored = dict([*network.named_parameters(), *network.named_buffers()])

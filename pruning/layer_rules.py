@@ -25,6 +25,8 @@ class LayerRules(Labelling):
     def _convolution(self, args: Any, result: Tensor) -> bool:
         subject, weight = args[0], args[1]
         name, module = self.stack[-1]
+        if not isinstance(module, CONVOLUTIONS):
+            self._note_bare(weight)
         if not isinstance(module, CONVOLUTIONS) or subject.dim() != weight.dim():
             return False
         entering = vector(self.of(subject), 1, subject.shape[1])
@@ -51,6 +53,7 @@ class LayerRules(Labelling):
         subject, weight = args[0], args[1]
         name, module = self.stack[-1]
         if not isinstance(module, nn.Linear):
+            self._note_bare(weight)
             reason = "its layer is not run: a function takes the layer's weight, as attention does"
             self.freeze(list(tensors_in(args)), reason)
             self.put(result, self.labels.frozen(result.dim(), reason))
@@ -70,6 +73,15 @@ class LayerRules(Labelling):
         self._count(name, in_features=entering, out_features=leaving)
         self.put(result, leaving.view(*[1] * (result.dim() - 1), -1))
         return True
+
+    def _note_bare(self, weight: Tensor) -> None:
+        """Remember a stored parameter that is used as weights by a function and belongs to no layer of a known kind."""
+        name = self.names.get(id(weight), "")
+        owner = self.modules.get(name.rpartition(".")[0])
+        if isinstance(weight, nn.Parameter) and not isinstance(
+            owner, (*CONVOLUTIONS, nn.Linear, nn.MultiheadAttention)
+        ):
+            self.found.bare[name] = len(weight)
 
     def _produce(self, name: str, module: Any, weight: Tensor, dim: int, size: int) -> Tensor:
         """Return labels of a layer's outputs, the same ones each time it runs."""

@@ -46,7 +46,7 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
             for batch in batches:
                 inputs = batch if isinstance(batch, Tensor) else batch[0]
                 first = first or len(inputs)
-                if 2 * len(inputs) < first:
+                if 2 * len(inputs) < first and samples >= BATCH_NORM_SAMPLES:
                     continue  # every batch weighs the same in a cumulative average: a short last one is left out
                 if not bool(torch.isfinite(inputs).all()):
                     raise UserError(

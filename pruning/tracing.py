@@ -94,6 +94,7 @@ class Trace:
         slots: Ordinal of an activation call -> the channels it shows, where they lie along one dimension; filled in
             by whoever follows the channels.
         roots: Layer -> (n,) classes of its output channels, of the same numbering.
+        bare: Parameter of no layer that a function uses as weights -> number of channels it makes; likewise.
     """
 
     order: dict[str, int] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class Trace:
     dims: dict[str, int] = field(default_factory=dict)
     slots: dict[int, Slots] = field(default_factory=dict)
     roots: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    bare: dict[str, int] = field(default_factory=dict)
     beyond_graph: bool = False
 
 

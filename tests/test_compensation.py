@@ -474,6 +474,14 @@ def test_recalibrate_refuses_few_examples_and_leaves_the_network(count: int) -> 
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+def test_recalibrate_uses_a_short_batch_where_examples_are_few() -> None:
+    network = make(ToyResidual)
+    x = images(network.shape, 44)
+    assert recalibrate(network, [x[:30], x[30:]]) == 4
+    means = [network.stem(part).detach().mean((0, 2, 3)) for part in (x[:30], x[30:])]
+    torch.testing.assert_close(network.stem_bn.running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+
+
 def test_recalibrate_without_batch_norm_reads_no_data() -> None:
     def never() -> Any:
         raise AssertionError("no data should be read")

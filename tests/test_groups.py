@@ -584,3 +584,29 @@ def test_what_a_trial_cut_shows_to_be_wrong_is_left_whole(network: nn.Module, wh
     assert survey.groups
     keep = {group.name: range(1, group.width) for group in survey.groups}
     apply_plan(network, survey.groups, PruningPlan(keep), verify=torch.randn(2, 3, 8, 8))
+
+
+class Functional(nn.Module):
+    """Its first channels are made by a parameter of its own; takes (N, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.v = nn.Parameter(torch.randn(5, 6))
+        self.c = nn.Conv2d(8, 6, 3)
+        self.f = nn.Linear(5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.c(torch.relu(nn.functional.conv2d(images, self.w))))
+        return self.f(torch.relu(nn.functional.linear(maps.mean((2, 3)), self.v)))
+
+
+def test_parameters_that_functions_use_as_weights_are_listed() -> None:
+    survey = survey_groups(Functional(), torch.zeros(1, 3, 8, 8))
+    told = {item.name: (item.width, item.reason) for item in survey.refused}
+    assert told["w"] == (
+        8,
+        "a function uses this parameter as weights; put it into a layer to have its channels followed",
+    )
+    assert told["v"][0] == 5
+    assert {group.name for group in survey.groups} <= {"c"}
