@@ -15,8 +15,7 @@ from ..pruning.budget import solve_counts
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError, closest
 from ..pruning.trimmer import Subject
-
-CountArray = NDArray[np.int64]
+from ..pruning.widths import CountArray
 
 
 @dataclass(frozen=True)

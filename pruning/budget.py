@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from .cost import CostModel
 from .errors import UserError
-
-CountArray = NDArray[np.int64]
+from .widths import CountArray
 
 
 def solve_counts(

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import UserError, closest
-from .groups import ChannelGroup
+from .groups import ChannelGroup, IndexArray
 from .layers import FloatArray, as_weight, features_of, full_size, input_width, output_dim, taps, weight_matrix
 from .least_squares import covariance, solve_mixing
 from .merging import Substitution, find_substitutions
@@ -25,8 +24,6 @@ from .moments import ConsumerStatistics
 from .plan import PruningPlan
 from .statistics import Statistics
 from .surgery import kept_entries, named_tensors
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +53,8 @@ class Loss:
         substitutions: From the weights, one for each group with channels the layer read; only for such a method.
     """
 
-    kept: IntArray
-    removed: IntArray
+    kept: IndexArray
+    removed: IndexArray
     weight: FloatArray
     constant: bool
     moments: ConsumerStatistics | None = None
@@ -176,17 +173,18 @@ def compensate(
         if record.needs_data and name not in measured:
             raise UserError(f"compensation {method!r} needs second moments; call measure(..., grams=True)")
         outputs = entries.get(f"{name}.weight", {}).get(output_dim(before[name]))
-        evidence = _Evidence(measured.get(name), substitutions.get(name, ()))
-        lost = _Lost(before[name], after[name], evidence, removed_inputs, outputs, norm and after[norm])
+        lost = _Lost(before[name], after[name], removed_inputs, outputs, norm and after[norm], measured.get(name))
         losses.append(lost)
-        lost.refit(repair, write=id(lost.new.weight) not in refitted)  # a weight of two layers has one fit, the first's
+        lost.refit(
+            repair, substitutions.get(name, ()), write=id(lost.new.weight) not in refitted
+        )  # a weight of two layers has one fit, the first's
         refitted.add(id(lost.new.weight))
     _restore_means(losses)
 
 
-def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tuple[str, IntArray, str | None]]:
+def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tuple[str, IndexArray, str | None]]:
     """Yield (layer, removed input features, norm behind it) of every layer that lost inputs, over all groups."""
-    removed: dict[str, list[IntArray]] = {}
+    removed: dict[str, list[IndexArray]] = {}
     norms: dict[str, str | None] = {}
     for group in groups:
         leaves = group.leaving(plan[group.name])
@@ -199,30 +197,28 @@ def _shortened(groups: Sequence[ChannelGroup], plan: PruningPlan) -> Iterable[tu
         yield name, np.unique(np.concatenate(parts)), norms[name]
 
 
-@dataclass(frozen=True, eq=False)
-class _Evidence:
-    """What is known of one layer's input: from data, or from the weights before it."""
-
-    moments: ConsumerStatistics | None
-    substitutions: Sequence[Substitution]
-
-
 class _Lost:
     """One layer that lost inputs.
 
     Args:
         old: The layer before the cut.
         new: The layer after it.
-        evidence: What is known of its input.
         removed_inputs: (n,) inputs that left.
         outputs: (m,) outputs that stay; None = all.
         norm: The batch norm that can hold a constant, if any.
+        moments: Of its input; None for a method that needs no data.
     """
 
     def __init__(
-        self, old: Any, new: Any, evidence: _Evidence, removed_inputs: IntArray, outputs: Tensor | None, norm: Any
+        self,
+        old: Any,
+        new: Any,
+        removed_inputs: IndexArray,
+        outputs: Tensor | None,
+        norm: Any,
+        moments: ConsumerStatistics | None,
     ) -> None:
-        self.old, self.new, self.evidence, self.removed_inputs = old, new, evidence, removed_inputs
+        self.old, self.new, self.removed_inputs, self.moments = old, new, removed_inputs, moments
         self.weight = old.weight
         if outputs is not None:
             self.weight = old.weight.index_select(output_dim(old), outputs.to(old.weight.device))
@@ -231,15 +227,15 @@ class _Lost:
         self.sign = -1.0 if new.bias is None else 1.0
         self._constant: FloatArray | None = None
 
-    def refit(self, repair: Callable[[Loss], Repair], *, write: bool) -> None:
+    def refit(self, repair: Callable[[Loss], Repair], substitutions: Sequence[Substitution], *, write: bool) -> None:
         """Write what the weights gain."""
-        moments = self.evidence.moments
+        moments = self.moments
         size = (moments.size if moments is not None else 0) or input_width(self.old)
         removed = features_of(self.old, self.removed_inputs, size)
         kept = np.setdiff1d(np.arange(size), removed)
         matrix = weight_matrix(self.old, self.weight, size)  # (features, columns)
         constant = self.target is not None
-        gained = repair(Loss(kept, removed, matrix[removed], constant, moments, self.evidence.substitutions))
+        gained = repair(Loss(kept, removed, matrix[removed], constant, moments, substitutions))
         self._constant = gained.constant
         if gained.weight is not None and write:
             with torch.no_grad():
@@ -248,9 +244,9 @@ class _Lost:
 
     def shift(self) -> Tensor:
         """Return (outputs,) the constant that the outputs miss, given the weights as they are now."""
-        if self.evidence.moments is None:
+        if self.moments is None:
             return _constants_lost(self.old, self.weight, self._constant, self.removed_inputs)
-        return _mean_lost(self.old, self.weight, self.new, self.evidence.moments, self.removed_inputs)
+        return _mean_lost(self.old, self.weight, self.new, self.moments, self.removed_inputs)
 
 
 def _restore_means(losses: Sequence[_Lost]) -> None:
@@ -264,7 +260,7 @@ def _restore_means(losses: Sequence[_Lost]) -> None:
             target.add_(torch.stack(several).mean(0).to(target))
 
 
-def _mean_lost(old: Any, weight: Tensor, new: Any, moments: ConsumerStatistics, removed_inputs: IntArray) -> Tensor:
+def _mean_lost(old: Any, weight: Tensor, new: Any, moments: ConsumerStatistics, removed_inputs: IndexArray) -> Tensor:
     """Return (outputs,) how much of every output's mean the new weights miss, tap by tap and position by position."""
     before, after = (
         torch.from_numpy(weight_matrix(old, value, full_size(layer)))
@@ -275,7 +271,7 @@ def _mean_lost(old: Any, weight: Tensor, new: Any, moments: ConsumerStatistics, 
     return mean @ before - mean[torch.from_numpy(kept)] @ after
 
 
-def _constants_lost(old: Any, weight: Tensor, constant: FloatArray | None, removed_inputs: IntArray) -> Tensor:
+def _constants_lost(old: Any, weight: Tensor, constant: FloatArray | None, removed_inputs: IndexArray) -> Tensor:
     """Return (outputs,) what constants at the removed inputs put out, away from the border of a map."""
     matrix = torch.from_numpy(weight_matrix(old, weight, full_size(old)))
     if constant is None:

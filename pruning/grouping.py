@@ -75,6 +75,8 @@ def _survey(network: nn.Module, example_input: Tensor, include: Sequence[str], i
     labelled = _finished(work, label_drafts(work, example_input, trace), trace, include, ignore)
     # on windows and attention by plain functions, as in Swin and MaxViT, the graph would work for many minutes
     graph = None if trace.beyond_graph else _by_graph(work, example_input, trace, include, ignore)
+    if graph is not None and _outline(graph) != _outline(labelled):
+        graph = None
     if inputs is None:
         warnings.warn(
             "the network's outputs are not finite, so that its channel groups could not be proved by a trial cut; "
@@ -82,8 +84,8 @@ def _survey(network: nn.Module, example_input: Tensor, include: Sequence[str], i
             UserWarning,
             stacklevel=4,
         )
-        found = labelled if graph is None or _outline(graph) != _outline(labelled) else graph
-    elif graph is not None and _outline(graph) == _outline(labelled) and not _wrong(trial, _groups(graph), inputs):
+        found = labelled if graph is None else graph
+    elif graph is not None and not _wrong(trial, _groups(graph), inputs):
         found = graph
     else:
         found = _proved(trial, labelled, inputs)

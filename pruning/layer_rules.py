@@ -27,7 +27,8 @@ class LayerRules(Labelling):
         name, module = self.stack[-1]
         if not isinstance(module, CONVOLUTIONS):
             self._note_bare(weight)
-        if not isinstance(module, CONVOLUTIONS) or subject.dim() != weight.dim():
+            return False
+        if subject.dim() != weight.dim():
             return False
         entering = vector(self.of(subject), 1, subject.shape[1])
         if entering is None:

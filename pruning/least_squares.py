@@ -13,15 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .groups import ChannelGroup
+from .groups import ChannelGroup, IndexArray
 from .layers import FloatArray, features_of, full_size, weight_matrix
 from .moments import ConsumerStatistics
 from .statistics import Statistics
-
-IntArray = NDArray[np.int64]
 
 RIDGE = 1e-4
 """Added to the diagonal of the correlation matrix of X_K: makes dead and duplicate channels harmless."""
@@ -45,7 +42,7 @@ class ConsumerProblem:
 
     moment: FloatArray
     weight: FloatArray
-    features: tuple[IntArray, ...]
+    features: tuple[IndexArray, ...]
 
 
 def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Statistics) -> list[ConsumerProblem]:
@@ -65,7 +62,7 @@ def consumer_problems(network: nn.Module, group: ChannelGroup, statistics: Stati
     return problems
 
 
-def _uncorrelated(layer: Any, stats: ConsumerStatistics, inputs: Sequence[IntArray]) -> ConsumerProblem:
+def _uncorrelated(layer: Any, stats: ConsumerStatistics, inputs: Sequence[IndexArray]) -> ConsumerProblem:
     """Stand in for a problem without covariance: each channel loses its own variance times its squared weights."""
     size = full_size(layer)
     lost = stats.variance * np.square(weight_matrix(layer, layer.weight, size)).sum(1)
@@ -80,8 +77,8 @@ def covariance(stats: ConsumerStatistics, constant: bool) -> FloatArray:
 
 def solve_mixing(
     moment: FloatArray,
-    kept: IntArray,
-    removed: IntArray,
+    kept: IndexArray,
+    removed: IndexArray,
     weight: FloatArray | None = None,
     *,
     rows: int | None = None,
@@ -133,7 +130,7 @@ class GreedyChoice:
             between the steps where several channels were chosen at once.
     """
 
-    order: IntArray
+    order: IndexArray
     residual: FloatArray
 
 
@@ -163,7 +160,7 @@ def choose_greedily(problems: Sequence[ConsumerProblem]) -> GreedyChoice:
     return GreedyChoice(np.array(order, dtype=np.int64), curve)
 
 
-def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | IntArray) -> float:
+def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | IndexArray) -> float:
     """Return the relative residual, averaged over consumers, when the channels `kept` stay; in [0, 1].
 
     Solved directly: tr(M_SS Σ_S|K) / tr(M Σ) over the features of the group.
@@ -181,7 +178,7 @@ def residual_when(problems: Sequence[ConsumerProblem], kept: Sequence[int] | Int
     return float(np.clip(np.mean(shares), 0.0, 1.0))
 
 
-def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | IntArray) -> FloatArray:
+def eliminate(problems: Sequence[ConsumerProblem], order: Sequence[int] | IndexArray) -> FloatArray:
     """Return (width + 1,) the residual of `GreedyChoice`, as channels join one by one in the given order."""
     states = [_Elimination(problem) for problem in problems]
     curve = [1.0]

@@ -21,13 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .groups import ChannelGroup, Consumer
+from .groups import ChannelGroup, Consumer, IndexArray
 from .layers import FloatArray, input_width, output_dim
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +38,8 @@ class Substitution:
         constant: (n,) c.
     """
 
-    feature: IntArray
-    source: IntArray
+    feature: IndexArray
+    source: IndexArray
     ratio: FloatArray
     constant: FloatArray
 
@@ -68,7 +65,7 @@ def find_substitutions(
         if not len(removed):
             continue
         stages, loose = _stages(network, group, norm_of)
-        found: dict[tuple[str, ...], tuple[IntArray, FloatArray, FloatArray]] = {}
+        found: dict[tuple[str, ...], tuple[IndexArray, FloatArray, FloatArray]] = {}
         for consumer in group.consumers:
             features = _by_channel(consumer.channel, consumer.index, group.width)
             if features is None:
@@ -111,8 +108,8 @@ def _activation(group: ChannelGroup) -> str:
 
 
 def _stand_ins(
-    stages: Sequence[_Stage], activation: str, removed: IntArray, kept: IntArray
-) -> tuple[IntArray, FloatArray, FloatArray]:
+    stages: Sequence[_Stage], activation: str, removed: IndexArray, kept: IndexArray
+) -> tuple[IndexArray, FloatArray, FloatArray]:
     """Return (removed,) channel that stands in, ratio r, constant c; see the module's docstring."""
     if not stages:
         return np.full(len(removed), kept[0]), np.zeros(len(removed)), np.zeros(len(removed))
@@ -292,7 +289,7 @@ def _norms_before(network: nn.Module, consumer: Consumer, group: ChannelGroup, l
     return tuple(fitting or loose)
 
 
-def _by_channel(channel: IntArray, index: IntArray, width: int) -> IntArray | None:
+def _by_channel(channel: IndexArray, index: IndexArray, width: int) -> IndexArray | None:
     """Return (width, n) the positions each channel owns, ascending; None where they own unequal numbers."""
     counts = np.bincount(channel, minlength=width)
     if not counts[0] or (counts != counts[0]).any():

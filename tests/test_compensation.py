@@ -18,7 +18,7 @@ from prunegym.pruning.recalibration import recalibrate
 from prunegym.pruning.statistics import measure
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn
-from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make, random_plan
+from toys import TOYS, ToyConv, ToyMLP, ToyResidual, ToyTurned, images, labelled, make, random_plan
 
 DOUBLE = torch.float64
 
@@ -402,12 +402,7 @@ def test_layers_that_share_a_weight_are_repaired_once(method: str) -> None:
 def test_an_uneven_flatten_keeps_the_means_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)
 
-    class Turned(ToyConv):
-        def forward(self, images: Tensor) -> Tensor:
-            maps = self.relu(self.conv2(self.pool(self.relu(self.conv1(images)))))
-            return self.fc2(self.relu(self.fc1(maps.permute(0, 2, 3, 1).flatten(1))))
-
-    network = make(Turned, 0, DOUBLE)
+    network = make(ToyTurned, 0, DOUBLE)
     x = images(network.shape, 40, dtype=DOUBLE)
     with pytest.warns(UserWarning, match="reads 24 features, too many for least squares, and its positions are not"):
         smaller = repaired(network, {"conv2": [0, 2, 5]}, "least_squares", x)

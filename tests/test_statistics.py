@@ -15,7 +15,7 @@ from prunegym.pruning.grouping import find_groups
 from prunegym.pruning.layers import patches, weight_matrix
 from prunegym.pruning.statistics import Statistics, measure
 from torch import Tensor, nn
-from toys import TOYS, ToyConv, ToyMLP, ToyResidual, images, labelled, make
+from toys import TOYS, ToyConv, ToyMLP, ToyResidual, ToyTurned, Wired, images, labelled, make
 
 Maps = dict[str, list[Tensor]]
 
@@ -213,12 +213,7 @@ def test_a_wide_flatten_shares_features_between_positions(monkeypatch: pytest.Mo
 def test_an_uneven_flatten_has_no_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prunegym.pruning.moments, "GRAM_LIMIT", 10)
 
-    class Turned(ToyConv):
-        def forward(self, images: Tensor) -> Tensor:
-            maps = self.relu(self.conv2(self.pool(self.relu(self.conv1(images)))))
-            return self.fc2(self.relu(self.fc1(maps.permute(0, 2, 3, 1).flatten(1))))  # positions first
-
-    network, statistics, batches = measured(Turned, 5)
+    network, statistics, batches = measured(ToyTurned, 5)
     ours = statistics.consumers["fc1"]
     assert ours.covariance.shape == (0, 0)
     _, maps, _ = forward_conv(network, torch.cat([x for x, _ in batches]))
@@ -436,19 +431,6 @@ def test_an_activation_may_be_overwritten_after_it_was_observed() -> None:
         np.testing.assert_allclose(ours[name].mean_activation, group.mean_activation, rtol=1e-10)
         assert group.taylor_2017 is not None
         assert group.taylor_2017.max() > 0
-
-
-class Wired(nn.Module):
-    """Layers by name, and a function that wires them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def interleaved(maps: Tensor) -> Tensor:

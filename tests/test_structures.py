@@ -18,23 +18,10 @@ from prunegym.pruning.labels import Labels, compact, varies
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import apply_plan
 from torch import Tensor, nn
-from toys import images
+from toys import Wired, images
 
 Owners = Mapping[str, Sequence[tuple[str, int]]]  # reading layer -> group and unit behind each input feature
 IMAGE = (3, 8, 8)
-
-
-class Wired(nn.Module):
-    """Layers by name, and a function that wires them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,14 @@ class ToyConv(nn.Module):
         return self.fc2(self.relu(self.fc1(maps.flatten(1))))
 
 
+class ToyTurned(ToyConv):
+    """ToyConv with positions before channels behind the flatten."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.relu(self.conv2(self.pool(self.relu(self.conv1(images)))))
+        return self.fc2(self.relu(self.fc1(maps.permute(0, 2, 3, 1).flatten(1))))
+
+
 class ToyMLP(nn.Module):
     """Three linear layers; takes (N, 5)."""
 
@@ -84,6 +92,19 @@ class ToyResidual(nn.Module):
         summed = torch.relu(self.bn2(self.conv2(inner)) + first)
         last = torch.relu(self.down_bn(self.down(summed)))
         return self.fc(last.mean((2, 3)))
+
+
+class Wired(nn.Module):
+    """Layers by name, and a function that wires them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 TOYS: list[Callable[[], Any]] = [ToyConv, ToyMLP, ToyResidual]
