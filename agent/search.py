@@ -16,7 +16,7 @@ from torch import nn
 from ..envs.trim import TrimEnv, TrimSettings
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
-from ..pruning.heuristics import network_trimming, uniform
+from ..pruning.heuristics import Goal, network_trimming, uniform
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import Built, Round, Schedule, build
@@ -338,19 +338,22 @@ def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, pro
     unit = trim.budget_unit
     budget = trim.budget or agent.cost.of(unit) / trimmer.cost_model.full.of(unit)
     retraining = replace(trim.retraining, updates=agent.schedule.retrain_updates)
-    common: dict[str, Any] = {"budget": budget, "unit": unit, "retraining": retraining, "seed": trim.repair.seed}
-    result = [_build(trimmer, uniform(trimmer, **common), "uniform", "uniform", progress)]
+    start = uniform(trimmer, budget=budget, unit=unit, retraining=retraining, seed=trim.repair.seed)
+    result = [_build(trimmer, start, "uniform", "uniform", progress)]
     if not any(group.rectified for group in trimmer.groups):
         progress.say("Network Trimming is left out: no ReLU follows any channel group")
         return result
-    variants = [("network_trimming", "Network Trimming (NT)", settings.trimming)]
-    if trim.repair.compensation != settings.trimming.compensation:
-        repaired = replace(settings.trimming, compensation=trim.repair.compensation)
-        variants.append(("network_trimming_repaired", "NT, repaired", repaired))
-    for name, label, chosen in variants:
+    variants = [("network_trimming", "Network Trimming (NT)", "delete")]
+    if trim.repair.compensation != "delete":
+        variants.append(("network_trimming_repaired", "NT, repaired", trim.repair.compensation))
+    for name, label, compensation in variants:
+        each = trimmer.with_settings(replace(trimmer.settings, criterion="apoz", compensation=compensation))
         with progress.updates(label, max(1, retraining.updates)) as show:
-            made = network_trimming(trimmer, settings=chosen, progress=show, **common)
-        note = f"the APoZ threshold gave way in round {len(made.rounds)}, to reach the budget" if made.forced else ""
+            made = network_trimming(
+                each, Goal(budget, unit), settings.methods.network_trimming,
+                retraining=retraining, seed=trim.repair.seed, progress=show,
+            )  # fmt: skip
+        note = f"the APoZ threshold gave way in round {len(made)}, to reach the budget" if made.forced else ""
         built = Built(made.network, made.schedule, made.rounds)
         result.append(_finalist(trimmer, built, name, label, note))
     return result

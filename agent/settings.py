@@ -6,7 +6,7 @@ from typing import Any
 from ..envs.trim import TrimSettings
 from ..pruning.checks import check_seed, check_types
 from ..pruning.errors import UserError
-from ..pruning.heuristics import NetworkTrimmingSettings
+from ..pruning.heuristics import NetworkTrimmingSettings, RankingSettings
 from ..pruning.prepare import TaskSettings
 
 
@@ -47,13 +47,28 @@ class LearnerSettings:
 
 
 @dataclass(frozen=True)
+class MethodSettings:
+    """How the methods that a search is compared with proceed.
+
+    Attributes:
+        network_trimming: Iterative removal by APoZ.
+        taylor: "taylor_2017" and "taylor_2019": a few channels a round, updates in between.
+        ranking: Every other ranking, e.g. "l1" or "mean_activation".
+    """
+
+    network_trimming: NetworkTrimmingSettings = field(default_factory=NetworkTrimmingSettings)
+    taylor: RankingSettings = field(default_factory=lambda: RankingSettings(scope="global", channels_per_round=16))
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """How a search proceeds.
 
     Attributes:
         trim: Budget, action, repair, reward and retraining.
         learner: The agent.
-        trimming: The APoZ heuristic that the agent is compared with.
+        methods: The methods that the agent is compared with, and that `prunegym prune` runs.
         max_evaluations: Scored networks that the agent may spend (the final comparison is not counted).
         max_minutes: Wall-clock limit of the learning phase; 0 = none. The best plan so far is then used.
         candidates: Best plans of the search that are scored again, on the selection split; the best there wins.
@@ -64,7 +79,7 @@ class SearchSettings:
 
     trim: TrimSettings = field(default_factory=TrimSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
-    trimming: NetworkTrimmingSettings = field(default_factory=NetworkTrimmingSettings)
+    methods: MethodSettings = field(default_factory=MethodSettings)
     max_evaluations: int = 300
     max_minutes: float = 0.0
     candidates: int = 5

@@ -197,14 +197,49 @@ def rank_channels(
     Returns:
         group name -> (width,) int64 channels, most important first; ties keep the lower index first.
     """
-    score = get_criterion(criterion).score
     orders = {}
     for group in groups:
-        scores = score(group, context)
-        if not np.isfinite(scores).all():
-            raise UserError(f"scores must be finite, but criterion {criterion!r} gave NaN for group {group.name!r}")
-        orders[group.name] = np.argsort(-scores, kind="stable")
+        orders[group.name] = np.argsort(-_finite_scores(criterion, group, context), kind="stable")
     return orders
+
+
+def _finite_scores(criterion: str, group: ChannelGroup, context: RankingContext) -> FloatArray:
+    scores = get_criterion(criterion).score(group, context)
+    if not np.isfinite(scores).all():
+        raise UserError(f"scores must be finite, but criterion {criterion!r} gave NaN for group {group.name!r}")
+    return scores
+
+
+NORMS = ("l2", "mean", "none")
+
+
+def normalised_scores(
+    criterion: str, groups: Sequence[ChannelGroup], context: RankingContext, norm: str = "l2"
+) -> dict[str, FloatArray]:
+    """Score every channel so that groups can be compared with each other.
+
+    Args:
+        criterion: Name from `CRITERIA`.
+        groups: Channel groups.
+        context: Network and statistics.
+        norm: What a group's scores are divided by: "l2", their Euclidean norm (Molchanov et al. 2017, the layer-wise
+            norm); "mean", their mean absolute value; "none" leaves what the criterion gives ("taylor_2017" divides by
+            the Euclidean norm itself).
+
+    Returns:
+        group name -> (width,) scores, high = keep; a group whose scores are all 0 keeps them.
+
+    Raises:
+        UserError: Unknown criterion or norm, or scores that are not finite.
+    """
+    if norm not in NORMS:
+        raise UserError(f"norm must be a known name, but got {norm!r}{closest(norm, NORMS)}")
+    result = {}
+    for group in groups:
+        scores = _finite_scores(criterion, group, context)
+        size = {"l2": np.linalg.norm(scores), "mean": np.abs(scores).mean(), "none": 1.0}[norm]
+        result[group.name] = scores / (size or 1.0)
+    return result
 
 
 def residual_curve(group: ChannelGroup, context: RankingContext, order: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -13,13 +13,28 @@ import torch
 from numpy.typing import NDArray
 from prunegym.envs.default_task import default_task
 from prunegym.pruning import GroupSettings, PruningTask, RepairSettings, Trimmer, UserError, build, measure
-from prunegym.pruning.heuristics import NetworkTrimmingResult, NetworkTrimmingSettings, network_trimming, uniform
+from prunegym.pruning.heuristics import Goal, NetworkTrimmingSettings, Pruned, network_trimming, uniform
 from prunegym.pruning.retraining import RetrainSettings
 from torch import nn
 
 WIDTHS = {"conv1": 8, "conv2": 16, "fc1": 64}
 UPDATES = RetrainSettings(updates=23, batch_size=32, learning_rate=0.01)
 NONE = RetrainSettings()
+
+
+def by_apoz(
+    trimmer: Trimmer,
+    *,
+    budget: float | None = None,
+    unit: str = "params",
+    drop: float | None = None,
+    compensation: str = "delete",
+    settings: NetworkTrimmingSettings | None = None,
+    **others: Any,
+) -> Pruned:
+    """Run Network Trimming, as published where nothing else is asked for."""
+    trimmer = trimmer.with_settings(replace(trimmer.settings, compensation=compensation))
+    return network_trimming(trimmer, Goal(budget, unit, drop), settings, **others)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +48,10 @@ def trimmer(task: PruningTask) -> Trimmer:
 
 
 @pytest.fixture(scope="module")
-def trained(trimmer: Trimmer) -> NetworkTrimmingResult:
+def trained(trimmer: Trimmer) -> Pruned:
     """Several rounds to 30 % of the parameters, 23 updates in all."""
     settings = NetworkTrimmingSettings(max_rounds=4)
-    return network_trimming(trimmer, budget=0.3, unit="params", retraining=UPDATES, seed=3, settings=settings)
+    return by_apoz(trimmer, budget=0.3, unit="params", retraining=UPDATES, seed=3, settings=settings)
 
 
 def lenet_cost(widths: Mapping[str, int], unit: str) -> int:
@@ -104,7 +119,7 @@ def test_uniform_refuses_an_unreachable_budget(trimmer: Trimmer) -> None:
 @pytest.mark.parametrize("sigmas", [0.5, 1.0, 1.5])
 def test_the_first_round_removes_what_lies_above_mean_plus_sigma(sigmas: float, trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(sigmas=sigmas, max_rounds=2, targets=tuple(WIDTHS))
-    made = network_trimming(trimmer, budget=0.1, retraining=NONE, settings=settings)
+    made = by_apoz(trimmer, budget=0.1, retraining=NONE, settings=settings)
     apoz = apoz_of(trimmer, trimmer.task.network)
     removed = {name: set(range(width)) - set(made.schedule.rounds[0].plan[name]) for name, width in WIDTHS.items()}
     assert removed == {name: above(values, sigmas) for name, values in apoz.items()}
@@ -113,7 +128,7 @@ def test_the_first_round_removes_what_lies_above_mean_plus_sigma(sigmas: float, 
 
 def test_each_round_measures_anew(trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(max_rounds=3, targets=("conv2", "fc1"))
-    made = network_trimming(trimmer, budget=0.1, retraining=NONE, settings=settings)
+    made = by_apoz(trimmer, budget=0.1, retraining=NONE, settings=settings)
     repair = replace(trimmer.settings, criterion="apoz", compensation="delete")
     first = build(Trimmer(trimmer.task, repair), replace(made.schedule, rounds=made.schedule.rounds[:1]))
     before, after = made.schedule.rounds[0].plan, made.schedule.rounds[1].plan
@@ -128,15 +143,13 @@ def test_each_round_measures_anew(trimmer: Trimmer) -> None:
 
 def test_the_published_method_repairs_nothing(trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(max_rounds=1, targets=("conv2",))
-    made = network_trimming(trimmer, budget=0.6, retraining=NONE, settings=settings)
+    made = by_apoz(trimmer, budget=0.6, retraining=NONE, settings=settings)
     keep, original = list(made.schedule.plan["conv2"]), trimmer.task.network
     torch.testing.assert_close(made.network.conv2.weight, original.conv2.weight[keep], rtol=0, atol=0)
     columns = [channel * 16 + place for channel in keep for place in range(16)]
     torch.testing.assert_close(made.network.fc1.weight, original.fc1.weight[:, columns], rtol=0, atol=0)
     torch.testing.assert_close(made.network.fc1.bias, original.fc1.bias, rtol=0, atol=0)
-    repaired = network_trimming(
-        trimmer, budget=0.6, retraining=NONE, settings=replace(settings, compensation="least_squares")
-    )
+    repaired = by_apoz(trimmer, budget=0.6, retraining=NONE, settings=settings, compensation="least_squares")
     assert repaired.schedule.plan == made.schedule.plan
     assert not same_weights(repaired.network, made.network)
     assert repaired.rounds[-1].after_trim.loss < made.rounds[-1].after_trim.loss
@@ -147,20 +160,20 @@ def test_the_published_method_repairs_nothing(trimmer: Trimmer) -> None:
 @pytest.mark.parametrize("budget", [0.07, 0.35, 0.9])
 def test_the_budget_is_met_from_below_within_one_channel(budget: float, unit: str, trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(max_rounds=3)
-    made = network_trimming(trimmer, budget=budget, unit=unit, retraining=NONE, settings=settings)
+    made = by_apoz(trimmer, budget=budget, unit=unit, retraining=NONE, settings=settings)
     counts, before = made.schedule.plan.counts, WIDTHS
     assert share(counts, unit) <= budget
     if len(made.schedule.rounds) > 1:
         before = made.schedule.rounds[-2].plan.counts
         assert share(before, unit) > budget
-    reduced = [name for name in made.targets if counts[name] < before[name]]
+    reduced = [name for name in made.mean_apoz[0] if counts[name] < before[name]]
     assert any(share({**counts, name: counts[name] + 1}, unit) > budget for name in reduced)
     assert made.rounds[-1].cost.of(unit) == lenet_cost(counts, unit)
     last = made.schedule.rounds[-1]
     assert made.forced == (len(made.schedule.rounds) == 3 and gave_way(trimmer, made, last.plan))
 
 
-def gave_way(trimmer: Trimmer, made: NetworkTrimmingResult, plan: Any) -> bool:
+def gave_way(trimmer: Trimmer, made: Pruned, plan: Any) -> bool:
     """Return whether the last round removed more than the threshold allows, from what the round before left."""
     earlier = replace(made.schedule, rounds=made.schedule.rounds[:-1])
     network = build(trimmer, earlier).network
@@ -168,18 +181,18 @@ def gave_way(trimmer: Trimmer, made: NetworkTrimmingResult, plan: Any) -> bool:
     apoz = apoz_of(trimmer, network)
     return any(
         {before[name].index(channel) for channel in before[name] if channel not in plan[name]} - above(apoz[name])
-        for name in made.targets
+        for name in made.mean_apoz[0]
     )
 
 
-def test_the_updates_are_exactly_those_asked_for(trained: NetworkTrimmingResult, trimmer: Trimmer) -> None:
+def test_the_updates_are_exactly_those_asked_for(trained: Pruned, trimmer: Trimmer) -> None:
     updates = [entry.retrain_updates for entry in trained.schedule.rounds]
     assert len(updates) == 4
     assert sum(updates) == 23
     assert updates[:-1] == [3, 3, 3]  # half of 23 over the three rounds before the last
     assert updates == [entry.retrain_updates for entry in trained.rounds]
     settings = NetworkTrimmingSettings(max_rounds=8)
-    early = network_trimming(trimmer, budget=0.9, retraining=UPDATES, settings=settings)  # met before round 8
+    early = by_apoz(trimmer, budget=0.9, retraining=UPDATES, settings=settings)  # met before round 8
     assert len(early.rounds) < 8
     assert early.schedule.retrain_updates == 23
 
@@ -187,11 +200,11 @@ def test_the_updates_are_exactly_those_asked_for(trained: NetworkTrimmingResult,
 def test_progress_counts_to_the_total(trimmer: Trimmer) -> None:
     seen: list[int] = []
     settings = NetworkTrimmingSettings(max_rounds=3)
-    network_trimming(trimmer, budget=0.2, retraining=UPDATES, settings=settings, progress=seen.append)
+    by_apoz(trimmer, budget=0.2, retraining=UPDATES, settings=settings, progress=seen.append)
     assert seen == list(range(1, 24))
 
 
-def test_rounds_are_nested(trained: NetworkTrimmingResult) -> None:
+def test_rounds_are_nested(trained: Pruned) -> None:
     plans = [entry.plan for entry in trained.schedule.rounds]
     assert len(plans) > 1
     for earlier, later in itertools.pairwise(plans):
@@ -201,7 +214,7 @@ def test_rounds_are_nested(trained: NetworkTrimmingResult) -> None:
     assert trained.schedule.made_by == "network_trimming"
 
 
-def test_the_schedule_replays_bit_for_bit(trained: NetworkTrimmingResult, trimmer: Trimmer) -> None:
+def test_the_schedule_replays_bit_for_bit(trained: Pruned, trimmer: Trimmer) -> None:
     again = build(trimmer, trained.schedule)
     assert [entry.widths for entry in again.rounds] == [entry.widths for entry in trained.rounds]
     assert same_weights(again.network, trained.network)
@@ -210,8 +223,8 @@ def test_the_schedule_replays_bit_for_bit(trained: NetworkTrimmingResult, trimme
 
 def test_an_accepted_drop_stops_the_rounds(trimmer: Trimmer) -> None:
     common: dict[str, Any] = {"budget": 0.05, "retraining": NONE}
-    free = network_trimming(trimmer, **common, settings=NetworkTrimmingSettings())
-    strict = network_trimming(trimmer, **common, settings=NetworkTrimmingSettings(accepted_drop=0.05))
+    free = by_apoz(trimmer, **common, settings=NetworkTrimmingSettings())
+    strict = by_apoz(trimmer, **common, drop=0.05)
     drops = [trimmer.baseline.accuracy - entry.after_retraining.accuracy for entry in free.rounds]
     expected = next(place for place, drop in enumerate(drops) if place and drop > 0.05)
     assert len(strict.rounds) == expected < len(free.rounds)
@@ -221,8 +234,8 @@ def test_an_accepted_drop_stops_the_rounds(trimmer: Trimmer) -> None:
 
 def test_an_accepted_drop_still_spends_all_updates(trimmer: Trimmer) -> None:
     """The comparison at equal retraining needs them also where the drop ends the rounds early."""
-    settings = NetworkTrimmingSettings(accepted_drop=0.0, max_rounds=6, final_share=1.0)
-    made = network_trimming(trimmer, budget=0.05, retraining=UPDATES, settings=settings)
+    settings = NetworkTrimmingSettings(max_rounds=6, final_share=1.0)
+    made = by_apoz(trimmer, budget=0.05, drop=0.0, retraining=UPDATES, settings=settings)
     assert len(made.rounds) < 6
     assert made.schedule.retrain_updates == 23
 
@@ -231,8 +244,8 @@ def test_an_accepted_drop_still_spends_all_updates(trimmer: Trimmer) -> None:
 def test_only_the_last_round_looks_at_the_selection_split(drop: float | None, share: float, trimmer: Trimmer) -> None:
     """Also where the accepted drop makes an intermediate round the last one; the schedule replays bit for bit."""
     checked = replace(UPDATES, check_every=2, patience=1)
-    settings = NetworkTrimmingSettings(max_rounds=4, accepted_drop=drop, final_share=share)
-    made = network_trimming(trimmer, budget=0.1, retraining=checked, seed=3, settings=settings)
+    settings = NetworkTrimmingSettings(max_rounds=4, final_share=share)
+    made = by_apoz(trimmer, budget=0.1, drop=drop, retraining=checked, seed=3, settings=settings)
     trainings = [entry.training for entry in made.rounds if entry.training is not None]
     assert [math.isnan(training.best_accuracy) for training in trainings] == [True] * (len(trainings) - 1) + [False]
     assert made.schedule.retrain_updates == 23
@@ -245,8 +258,8 @@ def test_only_the_last_round_looks_at_the_selection_split(drop: float | None, sh
 # ---- targets ---------------------------------------------------------------------------------------------------------
 def test_only_the_given_targets_are_trimmed(trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(targets=("fc1",), max_rounds=2)
-    made = network_trimming(trimmer, budget=0.5, retraining=NONE, settings=settings)
-    assert made.targets == ("fc1",)
+    made = by_apoz(trimmer, budget=0.5, retraining=NONE, settings=settings)
+    assert list(made.mean_apoz[0]) == ["fc1"]
     assert {**made.schedule.plan.counts, "fc1": 0} == {"conv1": 8, "conv2": 16, "fc1": 0}
     assert made.schedule.plan.counts["fc1"] < 64
 
@@ -263,20 +276,20 @@ def test_the_automatic_targets_are_the_fewest_that_can_meet_the_budget(trimmer: 
             <= budget
         ]
         settings = NetworkTrimmingSettings(max_rounds=1)
-        made = network_trimming(trimmer, budget=budget, retraining=NONE, settings=settings)
-        assert set(made.targets) == (reached[0] if reached else set(WIDTHS)), budget
+        made = by_apoz(trimmer, budget=budget, retraining=NONE, settings=settings)
+        assert set(made.mean_apoz[0]) == (reached[0] if reached else set(WIDTHS)), budget
 
 
 def test_targets_that_do_not_exist_or_do_not_suffice(trimmer: Trimmer) -> None:
     with pytest.raises(UserError, match="got 'fc_1'; did you mean 'fc1'"):
-        network_trimming(trimmer, budget=0.5, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc_1",)))
+        by_apoz(trimmer, budget=0.5, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc_1",)))
     with pytest.raises(UserError, match=r"one channel in each still costs 0\.\d+ of the params; the budget is 0.05"):
-        network_trimming(trimmer, budget=0.05, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))
+        by_apoz(trimmer, budget=0.05, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))
     least = share({**WIDTHS, "fc1": 1}, "params")
     with pytest.raises(UserError, match=re.escape(f"{least:.4f}")):
-        network_trimming(trimmer, budget=0.05, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))
+        by_apoz(trimmer, budget=0.05, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))
     with pytest.raises(UserError, match="smallest reachable budget"):
-        network_trimming(trimmer, budget=1e-5, retraining=NONE)
+        by_apoz(trimmer, budget=1e-5, retraining=NONE)
 
 
 @pytest.mark.parametrize("values", [{"max_rounds": 0}, {"final_share": 1.5}, {"narrowest": 0.0}])
@@ -289,8 +302,8 @@ def test_a_network_without_relu_is_told_what_else_there_is(task: PruningTask) ->
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.Tanh(), nn.Linear(12, 10))
     plain = PruningTask(network, task.train, task.reward, task.selection, task.test)
-    with pytest.raises(UserError, match=r"needs a ReLU behind .*'taylor_2017', 'l2' or 'least_squares'"):
-        network_trimming(Trimmer(plain), budget=0.5, retraining=NONE)
+    with pytest.raises(UserError, match=r"needs a ReLU behind .*'taylor_2017', 'l2' or 'uniform'"):
+        by_apoz(Trimmer(plain), budget=0.5, retraining=NONE)
     assert build(Trimmer(plain), uniform(Trimmer(plain), budget=0.5, unit="params", retraining=NONE)).cost.params < 4765
 
 
@@ -305,9 +318,7 @@ def test_the_trimmers_statistics_are_those_of_the_hand_computation(trimmer: Trim
 def test_repair_settings_of_the_caller_do_not_choose_the_channels(task: PruningTask, trimmer: Trimmer) -> None:
     settings = NetworkTrimmingSettings(max_rounds=2)
     other = Trimmer(task, RepairSettings(criterion="l1", compensation="fold_mean"))
-    plans = [
-        network_trimming(each, budget=0.3, retraining=NONE, settings=settings).schedule for each in (trimmer, other)
-    ]
+    plans = [by_apoz(each, budget=0.3, retraining=NONE, settings=settings).schedule for each in (trimmer, other)]
     assert plans[0] == plans[1]
     assert plans[0].repair.criterion == "apoz"
     assert plans[0].repair.compensation == "delete"
@@ -333,7 +344,7 @@ def test_uniform_in_multiples_of_eight(budget: float, eights: Trimmer) -> None:
 
 def test_of_those_above_the_threshold_the_best_stay_up_to_the_next_multiple(eights: Trimmer) -> None:
     settings = NetworkTrimmingSettings(sigmas=0.3, max_rounds=2, targets=("conv2", "fc1"))
-    made = network_trimming(eights, budget=0.15, retraining=NONE, settings=settings)
+    made = by_apoz(eights, budget=0.15, retraining=NONE, settings=settings)
     partly = 0
     for name, apoz in apoz_of(eights, eights.task.network).items():
         count = 8 * math.ceil((WIDTHS[name] - len(above(apoz, 0.3))) / 8) if name in settings.targets else 8
@@ -348,11 +359,9 @@ def test_of_those_above_the_threshold_the_best_stay_up_to_the_next_multiple(eigh
 def test_network_trimming_meets_the_budget_in_multiples(budget: float, unit: str, eights: Trimmer) -> None:
     if budget < share({"conv1": 8, "conv2": 8, "fc1": 8}, unit):
         with pytest.raises(UserError, match=r"narrowest allowed width per group already costs .* channel_multiple 8"):
-            network_trimming(eights, budget=budget, unit=unit, retraining=NONE)
+            by_apoz(eights, budget=budget, unit=unit, retraining=NONE)
         return
-    made = network_trimming(
-        eights, budget=budget, unit=unit, retraining=NONE, settings=NetworkTrimmingSettings(max_rounds=3)
-    )
+    made = by_apoz(eights, budget=budget, unit=unit, retraining=NONE, settings=NetworkTrimmingSettings(max_rounds=3))
     plans = [entry.plan for entry in made.schedule.rounds]
     assert all(count % 8 == 0 for plan in plans for count in plan.counts.values())
     assert share(plans[-1].counts, unit) <= budget
@@ -367,4 +376,4 @@ def test_targets_that_do_not_suffice_in_multiples(eights: Trimmer) -> None:
     with pytest.raises(
         UserError, match=rf"the narrowest allowed width in each still costs {least:.4f} of the params with channel_mul"
     ):
-        network_trimming(eights, budget=0.2, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))
+        by_apoz(eights, budget=0.2, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))

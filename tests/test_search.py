@@ -19,6 +19,7 @@ from prunegym.agent.learner import make_environments, make_learner, noise_setter
 from prunegym.agent.report import headers, markdown, table_rows, training_lines
 from prunegym.agent.run_folder import RunFolder, results
 from prunegym.agent.search import derive_seed
+from prunegym.agent.settings import MethodSettings
 from prunegym.envs import RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import DEFAULT_TASK
 from prunegym.pruning import (
@@ -44,7 +45,7 @@ GROUPS = 3
 QUICK = SearchSettings(
     trim=TrimSettings(retraining=RetrainSettings(updates=10, batch_size=32, learning_rate=0.01)),
     learner=LearnerSettings(episodes_per_update=6, hidden=[8]),
-    trimming=NetworkTrimmingSettings(max_rounds=2),
+    methods=MethodSettings(NetworkTrimmingSettings(max_rounds=2)),
     max_evaluations=24,
     candidates=2,
 )
