@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
 
 from ..envs.trim import check_request
 from ..pruning.errors import UserError, closest
@@ -21,18 +22,25 @@ from ..pruning.schedule import Built, Schedule, build
 from ..pruning.splits import SealedSplitError
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
+from . import prune_report
 from .configuration import parse, read_config, resolve, shipped_configs, stored_config
+from .finalists import read_test_split
 from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
+from .methods import METHODS, check_method, get_method, prune
 from .progress import Progress
+from .prune_options import read_options
+from .randomness import derive_seed
 from .report import console_table, latency_lines, note_lines, training_lines, verdict_lines
 from .run_folder import RunFolder, config_text
-from .search import derive_seed, search
+from .search import finalist, original, search
 from .settings import SearchConfig
 
 USAGE = """usage: prunegym COMMAND ...
 
   search CONFIG.yaml [--option value ...]   learn a schedule, build the network, compare it with the APoZ heuristic
+  prune --method NAME CONFIG.yaml [...]     prune by a published method, with the same repair, retraining and table
+  methods                                   list the methods, a sentence and the paper each
   apply RUN [--schedule FILE]               rebuild the network of a run from its (perhaps edited) schedule.json
   export RUN [--format onnx|torch]          write the pruned network of a run as one file, checked against PyTorch
   inspect NETWORK [--data NAME]             list what can be cut, what not and why, and the reachable budgets
@@ -45,7 +53,10 @@ USAGE = """usage: prunegym COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"search": search_command, "apply": apply_command, "export": export_command, "inspect": inspect_command}
+    commands = {
+        "search": search_command, "prune": prune_command, "methods": methods_command, "apply": apply_command,
+        "export": export_command, "inspect": inspect_command,
+    }  # fmt: skip
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(USAGE.format(configs=", ".join(shipped_configs())))  # noqa: T201  (a command line talks)
@@ -93,6 +104,56 @@ def search_command(arguments: list[str]) -> int:
     line = f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)"
     console.print(line, soft_wrap=True, markup=False)
     return 130 if result.stopped_by == "interrupt" else 0
+
+
+def prune_command(arguments: list[str]) -> int:
+    """`prunegym prune --method NAME CONFIG [--compensation NAME] [--accepted_drop SHARE] [--option value ...]`."""
+    options = read_options(arguments)
+    config, settings = options.config, options.settings
+    method = get_method(settings.method)
+    progress = Progress(enabled=True)
+    name = f"{config.name}-{method.name}"
+    run = RunFolder.create(config.output) if config.output else RunFolder.next_free(name)
+    root = config.search.seed
+    seeds = {"root": root, **{each: derive_seed(root, each) for each in ("task", "repair")}}
+    try:
+        run.write_start(config_text(dataclasses.asdict(config)), ["prunegym", "prune", *arguments], seeds)
+        task = load_task(config, progress, check=lambda network, one: check_method(network, one, settings))
+        progress.say(f"run folder: {run.path}")
+        with progress.updates(method.name, max(1, settings.retraining.resolved(len(task.train)).updates)) as show:
+            made = prune(task, settings, progress=show)
+    except (Exception, KeyboardInterrupt):
+        run.discard()
+        raise
+    trimmer = Trimmer(task, made.schedule.repair, settings.groups)
+    built = Built(made.network, made.schedule, made.rounds)
+    finalists = [original(trimmer), finalist(trimmer, built, method.name, method.name)]
+    read_test_split(trimmer, finalists)
+    run.write_base(task)
+    run.write_built(task, built)
+    told = (task, method, settings, made, finalists)
+    run.write_figures(prune_report.results(*told), prune_report.markdown(*told))
+    console = Console(highlight=False)
+    console.width = max(80, console.width)
+    console.print()
+    heading = prune_report.title(task, method, settings, made.schedule.repair.compensation)
+    console.print(heading, style="bold", soft_wrap=True, markup=False)
+    console.print(prune_report.console_table(made, finalists[0].cost))
+    for line in [prune_report.ending(made), *prune_report.finish_lines(finalists)]:
+        console.print(line, soft_wrap=True, markup=False)
+    line = f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)"
+    console.print(line, soft_wrap=True, markup=False)
+    return 0
+
+
+def methods_command(arguments: list[str]) -> int:
+    """`prunegym methods`."""
+    parse(ArgumentParser(prog="prunegym methods", exit_on_error=False, description="List the methods."), arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    for method in METHODS.values():
+        console.print(f"{method.name:<18}{method.description}", markup=False)
+        console.print(f"{'':<18}{method.source}; repair as published: {method.compensation}", markup=False)
+    return 0
 
 
 def apply_command(arguments: list[str]) -> int:
@@ -189,10 +250,16 @@ def inspect_command(arguments: list[str]) -> int:
     return 0
 
 
-def load_task(config: SearchConfig, progress: Progress, folder: Path | None = None) -> PruningTask:
+def load_task(
+    config: SearchConfig,
+    progress: Progress,
+    folder: Path | None = None,
+    check: Callable[[nn.Module, Tensor], None] | None = None,
+) -> PruningTask:
     """Load data and network as a resolved configuration says, with its number of threads; train what has no weights.
 
-    Relative paths that the working directory does not have are looked for in `folder`.
+    Relative paths that the working directory does not have are looked for in `folder`. Before anything is trained,
+    `check` may refuse the network; by default that is what a search would refuse.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -204,7 +271,7 @@ def load_task(config: SearchConfig, progress: Progress, folder: Path | None = No
             seed=derive_seed(config.search.seed, "task"),
             device=config.device,
             progress=show,
-            check=lambda network, example: check_request(network, example, config.search.trim),
+            check=check or (lambda network, example: check_request(network, example, config.search.trim)),
             folder=folder,
         )
 

@@ -29,6 +29,12 @@ LENGTHS = {
 }
 """Options of which one replaces the other."""
 
+DESCRIPTIONS = {
+    "search": "Learn a pruning schedule.",
+    "prune": "Prune by one method; the options above come on top: "
+    "--method NAME, --compensation NAME, --accepted_drop SHARE.",
+}
+
 WANTED = {
     "int": "a whole number",
     "float": "a number",
@@ -40,19 +46,19 @@ WANTED = {
 }
 
 
-def read_config(arguments: Sequence[str]) -> SearchConfig:
-    """Return what `search` is asked for: a configuration and the options that replace its values.
+def read_config(arguments: Sequence[str], command: str = "search") -> SearchConfig:
+    """Return what a command is asked for: a configuration and the options that replace its values.
 
     Raises:
         UserError: No configuration, an unknown key or a value of the wrong type; the nearest key is named.
     """
     parser = ArgumentParser(
-        prog="prunegym search CONFIG", exit_on_error=False, allow_abbrev=False, description="Learn a pruning schedule."
+        prog=f"prunegym {command} CONFIG", exit_on_error=False, allow_abbrev=False, description=DESCRIPTIONS[command]
     )
     parser.add_argument("--config", action="config", help="YAML file; options given after it replace its values")
     parser.add_class_arguments(SearchConfig)
     if not arguments:
-        raise UserError(f"search needs a configuration: a YAML file, or one of {', '.join(shipped_configs())}")
+        raise UserError(f"{command} needs a configuration: a YAML file, or one of {', '.join(shipped_configs())}")
     given = vars(parser.instantiate(parse(parser, _prepared(arguments))))
     return resolve(SearchConfig(**{key: value for key, value in given.items() if key != "config"}))
 
@@ -134,6 +140,12 @@ def _prepared(arguments: Sequence[str]) -> list[str]:
     if not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     pairs = list(_pairs(arguments))
+    if (
+        pairs[-1][1] is None
+        and not pairs[-1][0].startswith("-")
+        and all(option != "--config" for option, _, _ in pairs)
+    ):
+        pairs = [("--config", pairs[-1][0], []), *pairs[:-1]]  # CONFIG may also be the last word
     options, known = {option for option, _, _ in pairs}, dict(_known_keys(SearchConfig))
     result: list[str] = []
     for option, value, tokens in pairs:

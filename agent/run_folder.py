@@ -166,6 +166,11 @@ class RunFolder:
         self._write("results.json", json.dumps(results(result), indent=1) + "\n")
         write_report(self.path, result)
 
+    def write_figures(self, results: Mapping[str, Any], report: str) -> None:
+        """Write `results.json` and `report.md`."""
+        self._write("results.json", json.dumps(results, indent=1) + "\n")
+        self._write("report.md", report)
+
     def write_built(self, task: PruningTask, built: Built) -> None:
         """Write a network that was built from a schedule."""
         self.write_schedule(built.schedule)

@@ -1,15 +1,12 @@
 """The one public verb: a task in, the best plan out, with the policy, the history and an honest comparison."""
 
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
@@ -26,6 +23,7 @@ from .finalists import Finalist, Verdict, compare_pair, read_test_split, time_ne
 from .history import Evaluation, History, SearchCallback
 from .learner import make_environments, make_learner, noise_setter
 from .progress import Progress
+from .randomness import derive_seed, random_state_kept
 from .run_folder import RunFolder
 from .settings import SearchSettings
 
@@ -127,7 +125,7 @@ def _search(
         run_folder.write_schedule(schedule)
         run_folder.write_policy(policy)
     agent = _build(trimmer, schedule, "agent", "agent", progress)
-    finalists = [_original(trimmer)]
+    finalists = [original(trimmer)]
     if settings.compare:
         finalists += _heuristics(trimmer, settings, agent, progress)
     finalists.append(agent)
@@ -152,24 +150,6 @@ def _search(
     if run_folder:
         run_folder.write_result(result)
     return result
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give PyTorch's, NumPy's and Python's global random state back on leaving (Stable-Baselines3 seeds all three)."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
-
-
-def derive_seed(root: int, purpose: str) -> int:
-    """Return the seed of one purpose; different purposes never share random numbers."""
-    digest = int.from_bytes(purpose.encode()[:8].ljust(8, b"\0"), "little")
-    return int(np.random.SeedSequence([root, digest]).generate_state(1)[0] % 2**31)
 
 
 def _resolve(
@@ -314,7 +294,8 @@ def _schedule(trimmer: Trimmer, trim: TrimSettings, plans: list[PruningPlan], *,
     )
 
 
-def _original(trimmer: Trimmer) -> Finalist:
+def original(trimmer: Trimmer) -> Finalist:
+    """Return the network as it came, scored on the selection split."""
     network = trimmer.task.network
     selection = trimmer.score_selection(network)
     return Finalist("original", "original", network, trimmer.cost_model.full, None, (), selection)
@@ -323,10 +304,11 @@ def _original(trimmer: Trimmer) -> Finalist:
 def _build(trimmer: Trimmer, schedule: Schedule, name: str, label: str, progress: Progress) -> Finalist:
     with progress.updates(label, max(1, schedule.retrain_updates)) as show:
         built = build(trimmer, schedule, progress=show)
-    return _finalist(trimmer, built, name, label)
+    return finalist(trimmer, built, name, label)
 
 
-def _finalist(trimmer: Trimmer, built: Built, name: str, label: str, note: str = "") -> Finalist:
+def finalist(trimmer: Trimmer, built: Built, name: str, label: str, note: str = "") -> Finalist:
+    """Return a finished network, scored on the selection split."""
     selection = trimmer.score_selection(built.network)
     return Finalist(name, label, built.network, built.cost, built.schedule, built.rounds, selection, note=note)
 
@@ -355,5 +337,5 @@ def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, pro
             )  # fmt: skip
         note = f"the APoZ threshold gave way in round {len(made)}, to reach the budget" if made.forced else ""
         built = Built(made.network, made.schedule, made.rounds)
-        result.append(_finalist(trimmer, built, name, label, note))
+        result.append(finalist(trimmer, built, name, label, note))
     return result

@@ -302,7 +302,7 @@ def test_a_network_without_relu_is_told_what_else_there_is(task: PruningTask) ->
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.Tanh(), nn.Linear(12, 10))
     plain = PruningTask(network, task.train, task.reward, task.selection, task.test)
-    with pytest.raises(UserError, match=r"needs a ReLU behind .*'taylor_2017', 'l2' or 'uniform'"):
+    with pytest.raises(UserError, match=r"needs a ReLU behind .*'taylor_2017', 'l2' or 'least_squares'"):
         by_apoz(Trimmer(plain), budget=0.5, retraining=NONE)
     assert build(Trimmer(plain), uniform(Trimmer(plain), budget=0.5, unit="params", retraining=NONE)).cost.params < 4765
 

@@ -16,9 +16,9 @@ from prunegym.agent import LearnerSettings, SearchResult, SearchSettings, search
 from prunegym.agent.finalists import Finalist, compare_pair
 from prunegym.agent.history import COLUMNS
 from prunegym.agent.learner import make_environments, make_learner, noise_setter
+from prunegym.agent.randomness import derive_seed
 from prunegym.agent.report import headers, markdown, table_rows, training_lines
 from prunegym.agent.run_folder import RunFolder, results
-from prunegym.agent.search import derive_seed
 from prunegym.agent.settings import MethodSettings
 from prunegym.envs import RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import DEFAULT_TASK

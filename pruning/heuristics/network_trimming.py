@@ -8,7 +8,7 @@ budget, the sharing of a fixed number of updates between the rounds, and the rou
 of the channels above the threshold, the best stay up to the next allowed width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..budget import solve_counts
 from ..checks import check_types
 from ..errors import UserError, closest
+from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..trimmer import Subject, Trimmer
 from .rounds import (
@@ -92,12 +93,7 @@ def network_trimming(
         UserError: No group has a ReLU behind it, an unknown target, or a budget the targets cannot reach.
     """
     settings = settings or NetworkTrimmingSettings()
-    rectified = [group.name for group in trimmer.groups if group.rectified]
-    if not rectified:
-        raise UserError(
-            "Network Trimming needs a ReLU behind at least one channel group, but this network has none; "
-            "use method 'taylor_2017', 'l2' or 'uniform' instead"
-        )
+    check_rectified(trimmer.groups)
     if goal.budget is not None:
         trimmer.cost_model.check_budget(goal.budget, goal.unit)
     trimmer = trimmer.with_settings(replace(trimmer.settings, criterion="apoz"))
@@ -116,6 +112,19 @@ def network_trimming(
         trimmer, rule, goal, Pace(settings.max_rounds, None, settings.final_share), method="network_trimming",
         retraining=retraining, seed=seed, watched=targets, progress=progress,
     )  # fmt: skip
+
+
+def check_rectified(groups: Sequence[ChannelGroup]) -> None:
+    """Refuse a network without any group that has a ReLU behind it.
+
+    Raises:
+        UserError: Names the alternatives.
+    """
+    if not any(group.rectified for group in groups):
+        raise UserError(
+            "Network Trimming needs a ReLU behind at least one channel group, but this network has none; "
+            "use method 'taylor_2017', 'l2' or 'least_squares' instead"
+        )
 
 
 def choose_targets(trimmer: Trimmer, goal: Goal, settings: NetworkTrimmingSettings) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ with criterion "taylor_2019" that of Molchanov, Mallya, Tyree, Frosio, Kautz (20
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,7 +108,7 @@ def rank_and_cut(
             unreachable budget, or a first round that loses more than accepted.
     """
     settings = settings or RankingSettings()
-    check_serves(trimmer, criterion)
+    check_serves(trimmer.groups, criterion)
     trimmer = trimmer.with_settings(replace(trimmer.settings, criterion=criterion))
     rule, pace = _Rule(trimmer, goal, settings), _pace(trimmer.cost_model, goal, settings)
     return prune_in_rounds(
@@ -116,18 +116,18 @@ def rank_and_cut(
     )
 
 
-def check_serves(trimmer: Trimmer, criterion: str) -> None:
+def check_serves(groups: Sequence[ChannelGroup], criterion: str) -> None:
     """Refuse a criterion that is undefined for one of the groups, and name those that are not.
 
     Raises:
         UserError: Names the groups and the alternatives.
     """
     record = get_criterion(criterion)
-    lacking = [group.name for group in trimmer.groups if record.needs_relu and not group.rectified]
+    lacking = [group.name for group in groups if record.needs_relu and not group.rectified]
     needed = "a ReLU"
     if record.needs_norm:
         needed = "a batch norm with weights"
-        lacking = [group.name for group in trimmer.groups if not _normed(group)]
+        lacking = [group.name for group in groups if not _normed(group)]
     if lacking:
         some = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         others = [name for name, other in CRITERIA.items() if not other.needs_relu and not other.needs_norm]

@@ -142,6 +142,7 @@ class Pruned(Sequence[PlanRecord]):
         network: Pruned and retrained, in evaluation mode.
         schedule: The rounds; `schedule.build` replays them on the original weights.
         records: One for each round.
+        widths: Channels of the original network, by group.
         mean_apoz: By round (0 = before the first) the mean APoZ of the groups that were watched; empty if none were.
         stopped_by: "budget", "accuracy" (the next round would have lost more than accepted), "rounds" (all that were
             allowed were made) or "rule" (nothing more could leave).
@@ -150,6 +151,7 @@ class Pruned(Sequence[PlanRecord]):
     network: nn.Module
     schedule: Schedule
     records: tuple[PlanRecord, ...]
+    widths: dict[str, int]
     mean_apoz: tuple[dict[str, float], ...] = ()
     stopped_by: str = "budget"
 
@@ -275,7 +277,8 @@ def prune_in_rounds(
             )
             for record, done, entry in zip(records, built.rounds, schedule.rounds, strict=True)
         ]  # fmt: skip
-    return Pruned(network, schedule, tuple(records), watching, stopped_by)
+    widths = {group.name: group.width for group in trimmer.groups}
+    return Pruned(network, schedule, tuple(records), widths, watching, stopped_by)
 
 
 def weakest_leave(

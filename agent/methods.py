@@ -1,0 +1,266 @@
+"""Every method by name, reached in one way: a task and settings in, a list of plans with provenance out.
+
+The learned search is compared with these; all use the same surgery, repair, retraining and scores.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from ..pruning.checks import check_seed, check_types
+from ..pruning.compensation import get_compensation
+from ..pruning.cost import CostModel
+from ..pruning.errors import UserError, closest
+from ..pruning.grouping import find_groups
+from ..pruning.groups import ChannelGroup
+from ..pruning.heuristics import (
+    Goal,
+    Pruned,
+    check_rectified,
+    check_serves,
+    network_trimming,
+    rank_and_cut,
+)
+from ..pruning.retraining import RetrainSettings
+from ..pruning.task import PruningTask
+from ..pruning.trimmer import RepairSettings, Trimmer
+from ..pruning.widths import GroupSettings
+from .randomness import derive_seed, random_state_kept
+from .settings import MethodSettings
+
+PUBLISHED = "delete"
+"""The repair of most published methods: none."""
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What a method is asked for.
+
+    Attributes:
+        method: Name from `METHODS`.
+        budget: Share of the cost to keep, in (0, 1]; None with `accepted_drop` = only the accuracy counts.
+        budget_unit: "macs" or "params".
+        accepted_drop: Accuracy on the reward images, in [0, 1], that may be lost; None = only the budget counts.
+        compensation: Repair after each cut, see `compensation.COMPENSATIONS`; None = as the method was published.
+        repair: Calibration, recalibration and scoring; which channels leave is the method's choice.
+        retraining: Training over all rounds: `updates` (or epochs) is the total.
+        groups: Which groups may be cut, and to which widths.
+        methods: How each method proceeds.
+        seed: Root of all random numbers, in [0, 2**63).
+    """
+
+    method: str = "network_trimming"
+    budget: float | None = 0.3
+    budget_unit: str = "macs"
+    accepted_drop: float | None = None
+    compensation: str | None = None
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    retraining: RetrainSettings = field(default_factory=RetrainSettings)
+    groups: GroupSettings = field(default_factory=GroupSettings)
+    methods: MethodSettings = field(default_factory=MethodSettings)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types, unknown names and a goal that is none."""
+        check_types(self)
+        check_seed(self.seed)
+        get_method(self.method)
+        if self.compensation is not None:
+            get_compensation(self.compensation)
+        Goal(self.budget, self.budget_unit, self.accepted_drop)
+
+    @property
+    def goal(self) -> Goal:
+        """Where pruning ends."""
+        return Goal(self.budget, self.budget_unit, self.accepted_drop)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a method gets.
+
+    Attributes:
+        trimmer: Task and settings; the compensation is the one asked for.
+        goal: Where to end.
+        methods: How each method proceeds.
+        retraining: Total over all rounds.
+        seed: Of the retraining and of whatever else is drawn.
+        progress: Called with the number of optimizer steps done so far, or None.
+    """
+
+    trimmer: Trimmer
+    goal: Goal
+    methods: MethodSettings
+    retraining: RetrainSettings
+    seed: int
+    progress: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make plans.
+
+    Attributes:
+        name: As typed by users.
+        description: One sentence.
+        source: The paper.
+        run: Makes the plans.
+        compensation: Repair after a cut, as published.
+        check: Refuses, before anything is trained or measured, a network that the method cannot serve.
+        needs_data: Whether the plans depend on data; one that needs none leaves the batch norm alone, too.
+    """
+
+    name: str
+    description: str
+    source: str
+    run: Callable[[Request], Pruned]
+    check: Callable[[Sequence[ChannelGroup], MethodSettings], None]
+    compensation: str = PUBLISHED
+    needs_data: bool = True
+
+
+def prune(task: PruningTask, settings: PruneSettings, *, progress: Callable[[int], None] | None = None) -> Pruned:
+    """Prune a task by one method, without or with learning, as `settings` say.
+
+    Args:
+        task: Network and data; the network is not changed.
+        settings: Method, goal and everything else.
+        progress: Called with the number of retraining updates done so far.
+
+    Returns:
+        The list of plans, one for each round, each with its provenance and scores; also the schedule that replays
+        them, and the pruned network.
+
+    Raises:
+        UserError: The method cannot serve this network (the alternatives are named), or the goal cannot be reached.
+    """
+    if not isinstance(task, PruningTask):
+        raise UserError(f"prune needs a PruningTask, but got {type(task).__name__}; PruningTask(network, train=…, …)")
+    method = get_method(settings.method)
+    repair = replace(
+        settings.repair,
+        compensation=settings.compensation or method.compensation,
+        seed=derive_seed(settings.seed, "repair"),
+    )
+    if not method.needs_data and settings.compensation is None:
+        repair = replace(repair, recalibration_images=0)
+    retraining = settings.retraining.resolved(len(task.train))
+    trimmer = Trimmer(task, repair, settings.groups)
+    method.check(trimmer.groups, settings.methods)
+    with random_state_kept():
+        return method.run(Request(trimmer, settings.goal, settings.methods, retraining, repair.seed, progress))
+
+
+def _network_trimming(request: Request) -> Pruned:
+    return network_trimming(
+        request.trimmer, request.goal, request.methods.network_trimming,
+        retraining=request.retraining, seed=request.seed, progress=request.progress,
+    )  # fmt: skip
+
+
+def _ranking(criterion: str) -> Callable[[Request], Pruned]:
+    def run(request: Request) -> Pruned:
+        own = request.methods.taylor if criterion.startswith("taylor") else request.methods.ranking
+        return rank_and_cut(
+            request.trimmer, request.goal, own, criterion=criterion,
+            retraining=request.retraining, seed=request.seed, progress=request.progress,
+        )  # fmt: skip
+
+    return run
+
+
+def _check_ranking(criterion: str) -> Callable[[Sequence[ChannelGroup], MethodSettings], None]:
+    def check(groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
+        check_serves(groups, criterion)
+
+    return check
+
+
+def _check_rectified(groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
+    check_rectified(groups)
+
+
+def _by_rank(criterion: str, description: str, source: str, compensation: str = PUBLISHED) -> Method:
+    return Method(criterion, description, source, _ranking(criterion), _check_ranking(criterion), compensation)
+
+
+METHODS: dict[str, Method] = {
+    record.name: record
+    for record in (
+        Method(
+            "network_trimming",
+            "channels whose APoZ lies over one standard deviation above their layer's mean leave, round after round",
+            "Hu, Peng, Tai, Tang 2016, arXiv 1607.03250",
+            _network_trimming,
+            _check_rectified,
+        ),
+        _by_rank(
+            "taylor_2017",
+            "the channels of least |gradient × activation| leave, a few at a time, with updates in between",
+            "Molchanov, Tyree, Karras, Aila, Kautz 2017, arXiv 1611.06440",
+        ),
+        _by_rank(
+            "taylor_2019",
+            "the same with the squared gradient of a gate, not normalised by layer",
+            "Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv 1906.10771",
+        ),
+        _by_rank(
+            "l1",
+            "the channels of smallest sum of absolute weights leave",
+            "Li, Kadav, Durdanovic, Samet, Graf 2017, arXiv 1608.08710",
+        ),
+        _by_rank("l2", "the channels of smallest Euclidean weight norm leave", "widely used"),
+        _by_rank(
+            "mean_activation",
+            "the channels of smallest mean activation leave",
+            "compared in Molchanov et al. 2017, arXiv 1611.06440",
+        ),
+        _by_rank(
+            "apoz",
+            "the channels with the most zeros leave, at once, without the threshold of Network Trimming",
+            "criterion of Hu et al. 2016, arXiv 1607.03250",
+        ),
+        _by_rank(
+            "bn_scale",
+            "the channels of smallest batch norm scale leave",
+            "Liu, Li, Shen, Huang, Yan, Zhang 2017, arXiv 1708.06519",
+        ),
+        _by_rank(
+            "least_squares",
+            "the channels that the next layers miss least after a least-squares repair leave",
+            "ours",
+            "least_squares",
+        ),
+        _by_rank("random", "channels leave at random: the control", "a control"),
+    )
+}
+
+
+def check_method(network: nn.Module, example: Tensor, settings: PruneSettings) -> None:
+    """Refuse what a method cannot do with a network, before that is trained or measured.
+
+    Args:
+        network: Its weights do not matter.
+        example: (1, …) one input.
+        settings: What is asked for.
+
+    Raises:
+        UserError: No channel group, a budget below the narrowest allowed widths, or a method that cannot serve.
+    """
+    chosen = settings.groups
+    groups = find_groups(network, example, include=chosen.include, ignore=chosen.ignore)
+    if settings.budget is not None:
+        CostModel(network, groups, example, chosen).check_budget(settings.budget, settings.budget_unit)
+    get_method(settings.method).check(groups, settings.methods)
+
+
+def get_method(name: str) -> Method:
+    """Return the method called `name`.
+
+    Raises:
+        UserError: Unknown name; the nearest one is named.
+    """
+    if name not in METHODS:
+        raise UserError(f"method must be a known name, but got {name!r}{closest(name, METHODS)}")
+    return METHODS[name]

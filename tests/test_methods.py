@@ -1,0 +1,179 @@
+"""One contract for every registered method: the goal, the record, the replay; then each ranking's own rule by hand."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prunegym.agent.methods import METHODS, PruneSettings, prune
+from prunegym.agent.settings import MethodSettings
+from prunegym.envs.default_task import default_task
+from prunegym.pruning import GroupSettings, PruningTask, Trimmer, UserError, build, count_cost
+from prunegym.pruning.heuristics import Goal, Pruned, RankingSettings, rank_and_cut
+from prunegym.pruning.retraining import RetrainSettings
+from torch import nn
+
+UPDATES = RetrainSettings(updates=8, batch_size=32, learning_rate=0.01)
+NONE = RetrainSettings()
+NO_DATA_NEEDED = [name for name in METHODS if name != "bn_scale"]  # the small LeNet has no batch norm
+
+
+@pytest.fixture(scope="module")
+def task() -> PruningTask:
+    return default_task()
+
+
+def pruned(task: PruningTask, method: str, **others: Any) -> Pruned:
+    return prune(task, PruneSettings(method, **{"budget": 0.3, "budget_unit": "params", **others}))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- every method ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+def test_a_method_meets_the_budget_and_tells_where_its_plans_come_from(method: str, task: PruningTask) -> None:
+    before = {name: value.clone() for name, value in task.network.state_dict().items()}
+    made = pruned(task, method, retraining=UPDATES, seed=5)
+    whole = count_cost(task.network, task.example)
+    assert count_cost(made.network, task.example).params <= 0.3 * whole.params
+    assert made.stopped_by == "budget"
+    for place, record in enumerate(made):
+        assert (record.provenance.method, record.provenance.round) == (method, place + 1)
+        assert record.provenance.compensation == METHODS[method].compensation
+        assert record.plan.counts == record.built.widths
+    assert made[-1].plan == made.schedule.plan
+    assert made.schedule.retrain_updates == 8 == sum(record.provenance.retrain_updates for record in made)
+    for name, value in task.network.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert not task.test.readings
+
+
+@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+def test_a_method_replays_bit_for_bit(method: str, task: PruningTask) -> None:
+    made, again = (pruned(task, method, retraining=UPDATES, seed=5) for _ in range(2))
+    assert [record.plan for record in made] == [record.plan for record in again]
+    assert same_weights(made.network, again.network)
+    assert same_weights(build(Trimmer(task, made.schedule.repair), made.schedule).network, made.network)
+
+
+@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+def test_a_method_stops_at_an_accepted_drop(method: str, task: PruningTask) -> None:
+    made = pruned(task, method, budget=None, accepted_drop=0.1)
+    base = Trimmer(task, made.schedule.repair).baseline.accuracy
+    assert made.stopped_by in ("accuracy", "rounds", "rule")
+    assert all(base - entry.after_retraining.accuracy <= 0.1 for entry in made.rounds)
+    assert made.rounds[-1].cost.params < count_cost(task.network, task.example).params
+
+
+@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+def test_a_method_takes_any_compensation(method: str, task: PruningTask) -> None:
+    made = pruned(task, method, compensation="fold_mean")
+    assert {record.provenance.compensation for record in made} == {"fold_mean"}
+
+
+@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+def test_a_method_keeps_to_the_allowed_widths(method: str, task: PruningTask) -> None:
+    made = pruned(task, method, budget=0.4, groups=GroupSettings(channel_multiple=4, ignore="conv1"))
+    assert all(width % 4 == 0 for name, width in made.schedule.plan.counts.items() if name != "conv1")
+    assert made.schedule.plan.counts.get("conv1", 8) == 8
+
+
+# ---- rankings by hand ------------------------------------------------------------------------------------------------
+def ranked(task: PruningTask, criterion: str, goal: Goal, **settings: Any) -> Pruned:
+    return rank_and_cut(Trimmer(task), goal, RankingSettings(**settings), criterion=criterion, retraining=NONE)
+
+
+def test_a_global_ranking_takes_the_weakest_of_all_groups(task: PruningTask) -> None:
+    made = ranked(task, "l1", Goal(0.5), scope="global", channels_per_round=10)
+    scores = []
+    for name in ("conv1", "conv2", "fc1"):
+        sums = getattr(task.network, name).weight.detach().double().abs().flatten(1).sum(1)
+        scores += [(float(value), name, channel) for channel, value in enumerate(sums / sums.norm())]
+    weakest = {(name, channel) for _, name, channel in sorted(scores)[:10]}
+    widths = {"conv1": 8, "conv2": 16, "fc1": 64}
+    assert {
+        (name, channel) for name, width in widths.items() for channel in set(range(width)) - set(made[0].plan[name])
+    } == weakest
+
+
+def test_a_local_ranking_has_one_multiple_of_the_mean_as_threshold(task: PruningTask) -> None:
+    made = ranked(task, "l2", Goal(0.6), scope="local")
+    removed, kept = [], []
+    for name in ("conv1", "conv2", "fc1"):
+        norms = getattr(task.network, name).weight.detach().double().flatten(1).norm(dim=1).numpy()
+        ratio = norms / norms.mean()
+        stays = np.isin(np.arange(len(ratio)), made[0].plan[name])
+        removed += ratio[~stays].tolist()
+        kept += ratio[stays].tolist()
+    assert max(removed) <= min(kept)
+
+
+def test_the_mac_regulariser_moves_the_cut_to_expensive_layers(task: PruningTask) -> None:
+    plain = ranked(task, "l1", Goal(0.5, "macs"), scope="global", channels_per_round=1)
+    heavy = ranked(task, "l1", Goal(0.5, "macs"), scope="global", channels_per_round=1, mac_regulariser=1e3)
+    # one channel of conv1 costs more MACs than one of any other group, so with a strong λ nothing else leaves first
+    assert heavy[0].plan.counts["conv1"] == 7
+    assert len(heavy) < len(plain)
+
+
+def test_updates_between_are_those_asked_for(task: PruningTask) -> None:
+    settings = MethodSettings(taylor=RankingSettings("global", channels_per_round=16, updates_between=3))
+    retraining = replace(UPDATES, updates=40)
+    made = pruned(task, "taylor_2017", methods=settings, retraining=retraining)
+    assert [record.provenance.retrain_updates for record in made][:-1] == [3] * (len(made) - 1)
+    assert made.schedule.retrain_updates == 40
+
+
+def test_rounds_approach_the_budget_by_equal_factors(task: PruningTask) -> None:
+    made = ranked(task, "l1", Goal(0.125), scope="global", rounds=3)
+    whole = count_cost(task.network, task.example).params
+    shares = [entry.cost.params / whole for entry in made.rounds]
+    assert len(shares) == 3
+    assert all(share <= 0.5**place for share, place in zip(shares, (1, 2, 3), strict=True))
+    assert all(share > 0.8 * 0.5**place for share, place in zip(shares, (1, 2, 3), strict=True))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+def test_a_method_that_cannot_serve_names_the_alternatives(task: PruningTask) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.Tanh(), nn.Linear(12, 10))
+    plain = PruningTask(network, task.train, task.reward, task.selection, task.test)
+    with pytest.raises(UserError, match=r"'apoz' needs a ReLU behind every channel group, but none follows 1; .*l1"):
+        pruned(plain, "apoz")
+    with pytest.raises(UserError, match=r"'bn_scale' needs a batch norm with weights behind .*, but none follows 1"):
+        pruned(plain, "bn_scale")
+    with pytest.raises(UserError, match=r"Network Trimming needs a ReLU .*'taylor_2017', 'l2'"):
+        pruned(plain, "network_trimming")
+
+
+def test_bad_requests(task: PruningTask) -> None:
+    with pytest.raises(UserError, match="got 'taylor'; did you mean 'taylor_2017'"):
+        PruneSettings("taylor")
+    with pytest.raises(UserError, match="needs a budget, an accepted drop of accuracy, or both"):
+        PruneSettings(budget=None)
+    with pytest.raises(UserError, match="compensation must be a known name"):
+        PruneSettings(compensation="none_at_all")
+    with pytest.raises(UserError, match=r"lost \d+\.\d\d points in its first round, more than the accepted 0;"):
+        pruned(task, "random", budget=0.05, accepted_drop=0.0, methods=MethodSettings(ranking=RankingSettings()))
+    with pytest.raises(UserError, match="prune needs a PruningTask, but got Linear"):
+        prune(nn.Linear(2, 2), PruneSettings())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scope": "globl"}, "did you mean 'global'"),
+        ({"rounds": 0}, "rounds >= 1"),
+        ({"channels_per_round": 3}, "scope 'uniform' decides how much"),
+        ({"mac_regulariser": -1.0}, "mac_regulariser >= 0"),
+        ({"narrowest": math.nan}, "narrowest must be a finite number"),
+    ],
+)
+def test_ranking_settings_outside_their_ranges(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RankingSettings(**values)
