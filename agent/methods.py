@@ -17,8 +17,10 @@ from ..pruning.groups import ChannelGroup
 from ..pruning.heuristics import (
     Goal,
     Pruned,
+    check_mergeable,
     check_rectified,
     check_serves,
+    data_free,
     network_trimming,
     rank_and_cut,
 )
@@ -97,6 +99,10 @@ class Request:
     progress: Callable[[int], None] | None = None
 
 
+Check = Callable[[nn.Module, Sequence[ChannelGroup], MethodSettings], None]
+"""Refuses a network that a method cannot serve; its weights do not matter."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to make plans.
@@ -115,7 +121,7 @@ class Method:
     description: str
     source: str
     run: Callable[[Request], Pruned]
-    check: Callable[[Sequence[ChannelGroup], MethodSettings], None]
+    check: Check
     compensation: str = PUBLISHED
     needs_data: bool = True
 
@@ -147,7 +153,7 @@ def prune(task: PruningTask, settings: PruneSettings, *, progress: Callable[[int
         repair = replace(repair, recalibration_images=0)
     retraining = settings.retraining.resolved(len(task.train))
     trimmer = Trimmer(task, repair, settings.groups)
-    method.check(trimmer.groups, settings.methods)
+    method.check(task.network, trimmer.groups, settings.methods)
     with random_state_kept():
         return method.run(Request(trimmer, settings.goal, settings.methods, retraining, repair.seed, progress))
 
@@ -155,6 +161,13 @@ def prune(task: PruningTask, settings: PruneSettings, *, progress: Callable[[int
 def _network_trimming(request: Request) -> Pruned:
     return network_trimming(
         request.trimmer, request.goal, request.methods.network_trimming,
+        retraining=request.retraining, seed=request.seed, progress=request.progress,
+    )  # fmt: skip
+
+
+def _data_free(request: Request) -> Pruned:
+    return data_free(
+        request.trimmer, request.goal, request.methods.data_free,
         retraining=request.retraining, seed=request.seed, progress=request.progress,
     )  # fmt: skip
 
@@ -170,15 +183,19 @@ def _ranking(criterion: str) -> Callable[[Request], Pruned]:
     return run
 
 
-def _check_ranking(criterion: str) -> Callable[[Sequence[ChannelGroup], MethodSettings], None]:
-    def check(groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
+def _check_ranking(criterion: str) -> Check:
+    def check(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
         check_serves(groups, criterion)
 
     return check
 
 
-def _check_rectified(groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
+def _check_rectified(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
     check_rectified(groups)
+
+
+def _check_mergeable(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
+    check_mergeable(network, groups, methods.data_free)
 
 
 def _by_rank(criterion: str, description: str, source: str, compensation: str = PUBLISHED) -> Method:
@@ -194,6 +211,15 @@ METHODS: dict[str, Method] = {
             "Hu, Peng, Tai, Tang 2016, arXiv 1607.03250",
             _network_trimming,
             _check_rectified,
+        ),
+        Method(
+            "data_free",
+            "nearly equal neurons are merged, in an order that the weights alone decide",
+            "Srinivas, Babu 2015, arXiv 1507.06149",
+            _data_free,
+            _check_mergeable,
+            compensation="data_free",
+            needs_data=False,
         ),
         _by_rank(
             "taylor_2017",
@@ -252,7 +278,7 @@ def check_method(network: nn.Module, example: Tensor, settings: PruneSettings) -
     groups = find_groups(network, example, include=chosen.include, ignore=chosen.ignore)
     if settings.budget is not None:
         CostModel(network, groups, example, chosen).check_budget(settings.budget, settings.budget_unit)
-    get_method(settings.method).check(groups, settings.methods)
+    get_method(settings.method).check(network, groups, settings.methods)
 
 
 def get_method(name: str) -> Method:

@@ -6,7 +6,7 @@ from typing import Any
 from ..envs.trim import TrimSettings
 from ..pruning.checks import check_seed, check_types
 from ..pruning.errors import UserError
-from ..pruning.heuristics import NetworkTrimmingSettings, RankingSettings
+from ..pruning.heuristics import DataFreeSettings, NetworkTrimmingSettings, RankingSettings
 from ..pruning.prepare import TaskSettings
 
 
@@ -18,9 +18,12 @@ class LearnerSettings:
         algorithm: PPO, A2C or another Stable-Baselines3 / sb3-contrib algorithm for continuous actions, by name.
         workers: Environments; more than one run in processes of their own.
         episodes_per_update: Episodes that each worker plays between two updates (on-policy algorithms).
+        warmup_episodes: Episodes of uniformly random actions before anything is learned (off-policy algorithms);
+            None = episodes_per_update.
         learning_rate: At the start; it falls linearly to a tenth.
-        noise_start: Log standard deviation of the actions at the start.
-        noise_end: The same when all evaluations are spent; it falls linearly (Gaussian policies).
+        noise_start: Log standard deviation of the actions at the start: of a Gaussian policy, or of the noise added to
+            the deterministic actions of DDPG and TD3 once their warm-up is over.
+        noise_end: The same when all evaluations are spent; the logarithm falls linearly.
         hidden: Units of each hidden layer of policy and value function.
         arguments: Further keyword arguments of the algorithm's constructor.
     """
@@ -28,6 +31,7 @@ class LearnerSettings:
     algorithm: str = "PPO"
     workers: int = 1
     episodes_per_update: int = 8
+    warmup_episodes: int | None = None
     learning_rate: float = 2e-3
     noise_start: float = -0.7
     noise_end: float = -2.5
@@ -42,6 +46,8 @@ class LearnerSettings:
                 f"workers and episodes_per_update must be at least 1, but got {self.workers} and "
                 f"{self.episodes_per_update}"
             )
+        if self.warmup_episodes is not None and self.warmup_episodes < 0:
+            raise UserError(f"warmup_episodes must be at least 0, but got {self.warmup_episodes}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate must be positive, but got {self.learning_rate}")
 
@@ -52,11 +58,13 @@ class MethodSettings:
 
     Attributes:
         network_trimming: Iterative removal by APoZ.
+        data_free: Merging of nearly equal neurons.
         taylor: "taylor_2017" and "taylor_2019": a few channels a round, updates in between.
         ranking: Every other ranking, e.g. "l1" or "mean_activation".
     """
 
     network_trimming: NetworkTrimmingSettings = field(default_factory=NetworkTrimmingSettings)
+    data_free: DataFreeSettings = field(default_factory=DataFreeSettings)
     taylor: RankingSettings = field(default_factory=lambda: RankingSettings(scope="global", channels_per_round=16))
     ranking: RankingSettings = field(default_factory=RankingSettings)
 

@@ -7,14 +7,16 @@ constant in the running mean of the batch norm behind it, where there is one.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .data_free import data_free_substitutions
 from .errors import UserError, closest
 from .groups import ChannelGroup, IndexArray
 from .layers import FloatArray, as_weight, features_of, full_size, input_width, output_dim, taps, weight_matrix
@@ -68,6 +70,9 @@ class Loss:
         return self.moments
 
 
+Substitute = Callable[[nn.Module, Sequence[ChannelGroup], Mapping[str, Sequence[int]]], dict[str, list[Substitution]]]
+
+
 @dataclass(frozen=True)
 class Compensation:
     """A repair method.
@@ -78,12 +83,14 @@ class Compensation:
         description: One sentence.
         needs_data: Whether `Loss.statistics` is read, else `Loss.substitutions`. Such a method keeps the mean of
             every output, too.
+        substitutions: (network, groups, plan) -> what `Loss.substitutions` holds, by layer; for a method without data.
     """
 
     name: str
     repair: Callable[[Loss], Repair] | None
     description: str
     needs_data: bool = True
+    substitutions: Substitute = find_substitutions
 
 
 def _fold_mean(loss: Loss) -> Repair:
@@ -126,6 +133,20 @@ COMPENSATIONS: dict[str, Compensation] = {
             "most similar channel that stays stands in, scaled; needs no data (Srinivas & Babu 2015, Kim et al. 2020)",
             needs_data=False,
         ),
+        Compensation(
+            "data_free",
+            _merge,
+            "merge in the order of saliency, chain into channels that stay; needs no data (Srinivas & Babu 2015)",
+            needs_data=False,
+            substitutions=data_free_substitutions,
+        ),
+        Compensation(
+            "data_free_weights",
+            _merge,
+            "the same by the distance of weights alone, for layers whose biases are small (ours); needs no data",
+            needs_data=False,
+            substitutions=partial(data_free_substitutions, bias=False),
+        ),
         Compensation("least_squares", _least_squares, "best linear stand-in from the channels that stay"),
     )
 }
@@ -166,7 +187,7 @@ def compensate(
     before = dict(network.named_modules(remove_duplicate=False))
     after = dict(smaller.named_modules(remove_duplicate=False))
     measured = statistics.consumers if record.needs_data and statistics is not None else {}
-    substitutions = {} if record.needs_data else find_substitutions(network, groups, plan)
+    substitutions = {} if record.needs_data else record.substitutions(network, groups, plan)
     refitted: set[int] = set()
     losses: list[_Lost] = []
     for name, removed_inputs, norm in _shortened(groups, plan):

@@ -15,6 +15,7 @@ from .errors import UserError, closest
 from .groups import ChannelGroup
 from .layers import FloatArray
 from .least_squares import ConsumerProblem, GreedyChoice, choose_greedily, consumer_problems, eliminate
+from .saliency import merge_problem, merge_sequence
 from .statistics import GroupStatistics, Statistics
 
 
@@ -87,12 +88,11 @@ def _mean_activation(group: ChannelGroup, context: RankingContext) -> FloatArray
 
 
 def _taylor_2017(group: ChannelGroup, context: RankingContext) -> FloatArray:
-    """Θ_c / √(Σ_c Θ_c²), with Θ_c = mean over examples of |Σ_m ∂loss/∂z_cm z_cm / M| (Molchanov et al. 2017).
+    """Θ_c = mean over examples of |Σ_m ∂loss/∂z_cm z_cm / M| (Molchanov et al. 2017).
 
-    The division by the layer's Euclidean norm makes layers comparable; within a group it changes nothing.
+    The paper divides by the layer's Euclidean norm to compare layers, see `normalised_scores`.
     """
-    scores = _measured(context.of(group).taylor_2017)
-    return scores / max(float(np.linalg.norm(scores)), 1e-30)
+    return _measured(context.of(group).taylor_2017)
 
 
 def _taylor_2019(group: ChannelGroup, context: RankingContext) -> FloatArray:
@@ -143,6 +143,17 @@ def _least_squares(group: ChannelGroup, context: RankingContext) -> FloatArray:
     return scores
 
 
+def _data_free(group: ChannelGroup, context: RankingContext) -> FloatArray:
+    """Place in the order of merges, in (0, 1], the smallest for the channel that leaves first (Srinivas & Babu 2015).
+
+    Only weights are read. With the compensation "data_free" any number of channels leaves as published.
+    """
+    scores = np.ones(group.width)
+    removed = merge_sequence(merge_problem(context.network, group)).removed
+    scores[removed] = np.arange(1, len(removed) + 1) / group.width
+    return scores
+
+
 def _random(group: ChannelGroup, context: RankingContext) -> FloatArray:
     """Uniform in [0, 1), from the seed and the group's name."""
     digest = int.from_bytes(group.name.encode()[-8:].rjust(8, b"\0"), "little")
@@ -168,6 +179,9 @@ CRITERIA: dict[str, Criterion] = {
             "bn_scale", _bn_scale, "largest |γ| of the batch norm behind stays (Liu et al. 2017)", needs_norm=True
         ),
         Criterion("least_squares", _least_squares, "greedy choice by what the next layers lose after repair (ours)"),
+        Criterion(
+            "data_free", _data_free, "one of two nearly equal channels leaves, needs no data (Srinivas & Babu 2015)"
+        ),
         Criterion("random", _random, "a random choice that depends on the seed and the group's name only"),
     )
 }
@@ -223,8 +237,7 @@ def normalised_scores(
         groups: Channel groups.
         context: Network and statistics.
         norm: What a group's scores are divided by: "l2", their Euclidean norm (Molchanov et al. 2017, the layer-wise
-            norm); "mean", their mean absolute value; "none" leaves what the criterion gives ("taylor_2017" divides by
-            the Euclidean norm itself).
+            norm); "mean", their mean absolute value; "none" leaves what the criterion gives.
 
     Returns:
         group name -> (width,) scores, high = keep; a group whose scores are all 0 keeps them.

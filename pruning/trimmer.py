@@ -80,7 +80,7 @@ class Subject:
     Attributes:
         network: Never changed.
         groups: Its channel groups.
-        statistics: Measured on it.
+        measured: Measures it; called when its statistics are first needed, so that a method without data reads none.
         plan: How it came from the pristine network, in the pristine numbering.
         criterion: Name of the criterion that ranks its channels.
         seed: Of a criterion that draws random numbers.
@@ -89,11 +89,16 @@ class Subject:
 
     network: nn.Module
     groups: tuple[ChannelGroup, ...]
-    statistics: Statistics
+    measured: Callable[[], Statistics]
     plan: PruningPlan
     criterion: str
     seed: int = 0
     state: OptimizerState | None = None
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """APoZ, Taylor, norms and moments."""
+        return self.measured()
 
     @cached_property
     def context(self) -> RankingContext:
@@ -210,18 +215,21 @@ class Trimmer:
         return score
 
     def examine(self, network: nn.Module, groups: Sequence[ChannelGroup], plan: PruningPlan) -> Subject:
-        """Measure a network.
+        """Make a network ready to be cut; it is measured when its statistics are first needed.
 
         Args:
-            network: The pristine one or what a trim left.
+            network: The pristine one or what a trim left; it must not change afterwards.
             groups: Its groups.
             plan: How it came from the pristine network.
         """
-        statistics = measure(network, groups, self._batches(self.calibration))
-        return Subject(network, tuple(groups), statistics, plan, self.settings.criterion, self.settings.seed)
+
+        def measured() -> Statistics:
+            return measure(network, groups, self._batches(self.calibration))
+
+        return Subject(network, tuple(groups), measured, plan, self.settings.criterion, self.settings.seed)
 
     def examine_trimmed(self, trimmed: Trimmed) -> Subject:
-        """Measure what an earlier trim left, for another round; no graph is traced again."""
+        """Make what an earlier trim left ready for another round; no graph is traced again."""
         subject = self.examine(trimmed.network, shrink_groups(self.groups, trimmed.plan), trimmed.plan)
         return replace(subject, state=trimmed.state)
 
@@ -258,7 +266,9 @@ class Trimmer:
             few = self.calibration.subset(min(8, len(self.calibration)), torch.Generator().manual_seed(0))
             inputs = next(iter(few.batches(8))).images
         network = apply_plan(subject.network, subject.groups, plan, verify=inputs)
-        compensate(network, subject.network, subject.groups, plan, subject.statistics, self.settings.compensation)
+        method = self.settings.compensation
+        statistics = subject.statistics if get_compensation(method).needs_data else None
+        compensate(network, subject.network, subject.groups, plan, statistics, method)
         self.recalibrate(network)
         state = subject.state
         if state is not None:

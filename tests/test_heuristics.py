@@ -12,8 +12,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from prunegym.envs.default_task import default_task
-from prunegym.pruning import GroupSettings, PruningTask, RepairSettings, Trimmer, UserError, build, measure
+from prunegym.pruning import (
+    CostModel,
+    GroupSettings,
+    PruningTask,
+    RepairSettings,
+    Trimmer,
+    UserError,
+    build,
+    build_network,
+    find_groups,
+    measure,
+)
 from prunegym.pruning.heuristics import Goal, NetworkTrimmingSettings, Pruned, network_trimming, uniform
+from prunegym.pruning.heuristics.ablation import forget, selection_overlap, train_from_scratch
 from prunegym.pruning.retraining import RetrainSettings
 from torch import nn
 
@@ -272,7 +284,7 @@ def test_the_automatic_targets_are_the_fewest_that_can_meet_the_budget(trimmer: 
         reached = [
             set(order[:count])
             for count in (1, 2, 3)
-            if share({**WIDTHS, **{name: max(1, round(0.15 * WIDTHS[name])) for name in order[:count]}}, "params")
+            if share({**WIDTHS, **{name: max(1, round(0.4 * WIDTHS[name])) for name in order[:count]}}, "params")
             <= budget
         ]
         settings = NetworkTrimmingSettings(max_rounds=1)
@@ -292,7 +304,7 @@ def test_targets_that_do_not_exist_or_do_not_suffice(trimmer: Trimmer) -> None:
         by_apoz(trimmer, budget=1e-5, retraining=NONE)
 
 
-@pytest.mark.parametrize("values", [{"max_rounds": 0}, {"final_share": 1.5}, {"narrowest": 0.0}])
+@pytest.mark.parametrize("values", [{"max_rounds": 0}, {"final_share": 1.5}, {"narrowest": 0.0}, {"target_share": 2.0}])
 def test_settings_outside_their_ranges(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="max_rounds >= 1, final_share in"):
         NetworkTrimmingSettings(**values)
@@ -377,3 +389,57 @@ def test_targets_that_do_not_suffice_in_multiples(eights: Trimmer) -> None:
         UserError, match=rf"the narrowest allowed width in each still costs {least:.4f} of the params with channel_mul"
     ):
         by_apoz(eights, budget=0.2, retraining=NONE, settings=NetworkTrimmingSettings(targets=("fc1",)))
+
+
+# ---- what the paper reports ------------------------------------------------------------------------------------------
+def test_the_published_vgg16_widths_give_the_published_ratios() -> None:
+    """Hu et al. 2016, conv5-3 and fc6 of VGG-16 on ImageNet: structure only, random weights, no data."""
+    example = torch.zeros(1, 3, 224, 224)
+    network = build_network("vgg16", classes=1000, in_channels=3, image_size=224)
+    groups = find_groups(network, example, include=["features.28", "classifier.0"])
+    model = CostModel(network, groups, example)
+    published = {
+        (512, 4096): "1.00", (488, 3477): "1.19", (451, 2937): "1.45", (430, 2479): "1.71", (420, 2121): "1.96",
+        (400, 1787): "2.28", (390, 1513): "2.59",
+    }  # fmt: skip
+    for (conv, hidden), ratio in published.items():
+        cost = model.cost({"features.28": conv, "classifier.0": hidden})
+        fewer = 512 * 9 * (512 - conv) + (512 - conv) + 4096 * (512 * 49 + 1) - hidden * (conv * 49 + 1)
+        assert cost.params == 138_357_544 - fewer - 4096 * (4096 - hidden)
+        assert f"{model.full.params / cost.params:.2f}" == ratio
+    assert cost.params == 53_365_677  # 53.37 M
+
+
+def test_from_scratch_keeps_the_architecture_and_nothing_else(trimmer: Trimmer, trained: Pruned) -> None:
+    first, again = (train_from_scratch(trimmer, trained.schedule.plan, NONE, seed=4) for _ in range(2))
+    assert same_weights(first.network, again.network)
+    shapes = {name: value.shape for name, value in trained.network.state_dict().items()}
+    assert {name: value.shape for name, value in first.network.state_dict().items()} == shapes
+    for name, value in first.network.named_parameters():
+        assert not torch.isclose(value, dict(trained.network.named_parameters())[name]).any(), name
+    assert first.score.accuracy < 0.3 < trained.rounds[-1].after_retraining.accuracy  # ten classes, untrained
+    learnt = train_from_scratch(trimmer, trained.schedule.plan, replace(UPDATES, updates=60), seed=4)
+    assert learnt.score.accuracy > first.score.accuracy + 0.2
+
+
+def test_a_layer_that_cannot_forget_is_named() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(UserError, match=r"0 \(Scaled\) has parameters but no reset_parameters"):
+        forget(nn.Sequential(Scaled()))
+
+
+def test_the_overlap_counts_channels_chosen_on_either_data(trimmer: Trimmer) -> None:
+    found = selection_overlap(trimmer, 0.7)
+    on_train = {name: above(values, 0.7) for name, values in apoz_of(trimmer, trimmer.task.network).items()}
+    other = Trimmer(trimmer.task)
+    other.calibration = trimmer.reward
+    assert len(trimmer.reward) <= len(trimmer.calibration)
+    on_heldout = {name: above(values, 0.7) for name, values in apoz_of(other, trimmer.task.network).items()}
+    for name, overlap in found.items():
+        one, two = on_train[name], on_heldout[name]
+        assert (overlap.train, overlap.heldout, overlap.both) == (len(one), len(two), len(one & two))
+        assert overlap.share == len(one & two) / len(one | two)

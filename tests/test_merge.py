@@ -189,16 +189,17 @@ def duplicate(name: str, dtype: torch.dtype, factor: float) -> tuple[Any, dict[s
     return network, without(network, group, 2)
 
 
+@pytest.mark.parametrize("method", ["merge", "data_free"])
 @pytest.mark.parametrize("factor", [1.0, 2.5])
 @pytest.mark.parametrize("name", CASES)
-def test_scaled_duplicate_leaves_without_a_trace(name: str, factor: float) -> None:
+def test_scaled_duplicate_leaves_without_a_trace(name: str, factor: float, method: str) -> None:
     network, plan = duplicate(name, DOUBLE, factor)
     x = images(network.shape, 16, dtype=DOUBLE)
     assert float((merged(network, plan, x, "delete")(x) - network(x)).detach().abs().max()) > 1e-3
-    torch.testing.assert_close(merged(network, plan, x)(x), network(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(merged(network, plan, x, method)(x), network(x), rtol=1e-9, atol=1e-9)
     single = network.float()
     x = x.float()
-    torch.testing.assert_close(merged(single, plan, x)(x), single(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(single, plan, x, method)(x), single(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -10,9 +10,23 @@ import torch
 from prunegym.agent.methods import METHODS, PruneSettings, prune
 from prunegym.agent.settings import MethodSettings
 from prunegym.envs.default_task import default_task
-from prunegym.pruning import GroupSettings, PruningTask, Trimmer, UserError, build, count_cost
-from prunegym.pruning.heuristics import Goal, Pruned, RankingSettings, rank_and_cut
+from prunegym.pruning import (
+    GroupSettings,
+    PruningPlan,
+    PruningTask,
+    Trimmer,
+    UserError,
+    apply_plan,
+    build,
+    compensate,
+    count_cost,
+    find_groups,
+    shrink_groups,
+)
+from prunegym.pruning.data import TensorSplit
+from prunegym.pruning.heuristics import DataFreeSettings, Goal, Pruned, RankingSettings, rank_and_cut
 from prunegym.pruning.retraining import RetrainSettings
+from prunegym.pruning.saliency import cut_off, merge_problem, merge_sequence
 from torch import nn
 
 UPDATES = RetrainSettings(updates=8, batch_size=32, learning_rate=0.01)
@@ -168,6 +182,7 @@ def test_bad_requests(task: PruningTask) -> None:
     ("values", "message"),
     [
         ({"scope": "globl"}, "did you mean 'global'"),
+        ({"norm": "l3"}, "norm must be one of own, l2, mean, none, but got 'l3'"),
         ({"rounds": 0}, "rounds >= 1"),
         ({"channels_per_round": 3}, "scope 'uniform' decides how much"),
         ({"mac_regulariser": -1.0}, "mac_regulariser >= 0"),
@@ -177,3 +192,95 @@ def test_bad_requests(task: PruningTask) -> None:
 def test_ranking_settings_outside_their_ranges(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         RankingSettings(**values)
+
+
+# ---- data-free -------------------------------------------------------------------------------------------------------
+class Unreadable(TensorSplit):
+    """A split that must not be read."""
+
+    def batches(self, *arguments: Any, **keywords: Any) -> Any:
+        raise AssertionError("data was read")
+
+    subset = prepared = batches
+
+
+@pytest.fixture(scope="module")
+def mlp(task: PruningTask) -> PruningTask:
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)
+    )
+    return PruningTask(network, task.train, task.reward, task.selection, task.test)
+
+
+def test_data_free_plans_and_weights_need_no_training_image(mlp: PruningTask) -> None:
+    sealed = PruningTask(
+        mlp.network,
+        Unreadable(mlp.train.images, mlp.train.labels, name="train"),
+        mlp.reward,
+        mlp.selection,
+        mlp.test,
+        example_input=mlp.example,
+    )
+    made, known = pruned(sealed, "data_free", budget=0.4), pruned(mlp, "data_free", budget=0.4)
+    assert [record.plan for record in made] == [record.plan for record in known]
+    assert same_weights(made.network, known.network)
+    with pytest.raises(AssertionError, match="data was read"):
+        pruned(sealed, "data_free", budget=0.4, compensation="least_squares")
+
+
+def test_data_free_merges_one_layer_after_another(mlp: PruningTask) -> None:
+    made = pruned(mlp, "data_free", budget=0.045)
+    assert [record.plan.counts["1"] < 24 for record in made] == [True, True]
+    assert [record.plan.counts["3"] < 16 for record in made] == [False, True]
+    first, second = (made[place].plan.counts for place in (0, 1))
+    network, groups = mlp.network, find_groups(mlp.network, mlp.example)
+    for name, count in (("1", first["1"]), ("3", second["3"])):  # the second layer as the first merges left it
+        group = next(each for each in groups if each.name == name)
+        removed = merge_sequence(merge_problem(network, group), steps=group.width - count).removed
+        plan = PruningPlan({name: sorted(set(range(group.width)) - set(removed.tolist()))})
+        smaller = apply_plan(network, groups, plan)
+        compensate(smaller, network, groups, plan, None, "data_free")
+        network, groups = smaller, shrink_groups(groups, plan)
+    assert same_weights(network, made.network)
+
+
+def test_data_free_by_the_weights_alone_merges_by_them_too(mlp: PruningTask) -> None:
+    settings = MethodSettings(data_free=DataFreeSettings(bias=False))
+    made = pruned(mlp, "data_free", budget=0.5, methods=settings)
+    assert made[0].provenance.compensation == "data_free_weights"
+    group = find_groups(mlp.network, mlp.example)[0]
+    removed = merge_sequence(merge_problem(mlp.network, group, bias=False)).removed
+    gone = set(range(24)) - set(made[0].plan["1"])
+    assert gone == set(removed[: len(gone)].tolist())
+    assert made[0].plan != pruned(mlp, "data_free", budget=0.5)[0].plan
+
+
+def test_data_free_stops_at_the_mode_of_the_histogram(mlp: PruningTask) -> None:
+    settings = MethodSettings(data_free=DataFreeSettings(stop="mode"))
+    made = pruned(mlp, "data_free", budget=0.05, methods=settings)
+    group = find_groups(mlp.network, mlp.example)[0]
+    safe = cut_off(merge_sequence(merge_problem(mlp.network, group)).saliency)
+    assert made.schedule.plan.counts["1"] == 24 - safe
+    assert made.stopped_by in ("rule", "rounds")
+    assert 0 < safe < 23
+
+
+def test_data_free_on_convolutions_is_an_extension_that_must_be_asked_for(task: PruningTask) -> None:
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )  # fmt: skip
+    convolutional = PruningTask(network, task.train, task.reward, task.selection, task.test)
+    with pytest.raises(UserError, match=r"this network has none; set methods.data_free.layers to 'all' .* use l1, l2"):
+        pruned(convolutional, "data_free")
+    settings = MethodSettings(data_free=DataFreeSettings(layers="all"))
+    assert pruned(convolutional, "data_free", methods=settings).stopped_by == "budget"
+
+
+def test_data_free_names_a_budget_that_linear_layers_cannot_meet(task: PruningTask) -> None:
+    with pytest.raises(UserError, match=r"merging in fc1, but one channel in each still costs 0\.\d+ of the params"):
+        pruned(task, "data_free", budget=0.05)
+    with pytest.raises(UserError, match="layers must be one of linear, all, but got 'conv'"):
+        DataFreeSettings(layers="conv")

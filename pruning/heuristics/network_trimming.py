@@ -44,24 +44,30 @@ class NetworkTrimmingSettings:
         max_rounds: Most rounds. In the last one, or when too few channels lie above the threshold for any group to
             become narrower, the threshold gives way if the budget is not met yet.
         targets: Names of the groups to trim; empty = chosen automatically.
-        narrowest: The threshold leaves every target at least this share of its original channels. The automatic
-            choice takes the fewest groups with which the budget can be met so; all where that is impossible.
+        target_share: The automatic choice takes the fewest groups with which the budget can be met while each keeps
+            this share of its original channels; all where that is impossible.
+        narrowest: The threshold leaves every target at least this share of its original channels.
         final_share: Share of all updates that is kept for the training after the last round.
     """
 
     sigmas: float = 1.0
     max_rounds: int = 20
     targets: tuple[str, ...] = ()
+    target_share: float = 0.4
     narrowest: float = 0.15
     final_share: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse values of other types or outside their ranges."""
         check_types(self)
-        if self.max_rounds < 1 or not 0 <= self.final_share <= 1 or not 0 < self.narrowest <= 1:
+        if (
+            self.max_rounds < 1
+            or not 0 <= self.final_share <= 1
+            or not (0 < self.narrowest <= 1 and 0 < self.target_share <= 1)
+        ):
             raise UserError(
-                "Network Trimming needs max_rounds >= 1, final_share in [0, 1] and narrowest in (0, 1], but got "
-                f"{self.max_rounds}, {self.final_share} and {self.narrowest}"
+                "Network Trimming needs max_rounds >= 1, final_share in [0, 1], narrowest and target_share in (0, 1]; "
+                f"got {self.max_rounds}, {self.final_share}, {self.narrowest} and {self.target_share}"
             )
 
 
@@ -164,7 +170,7 @@ def choose_targets(trimmer: Trimmer, goal: Goal, settings: NetworkTrimmingSettin
     shares = dict(zip(model.names, model.group_share(unit), strict=True))
     means = mean_apoz(trimmer.pristine, rectified)
     worth = {name: means[name] * shares[name] for name in rectified}
-    floor = floors(model, settings.narrowest)
+    floor = floors(model, settings.target_share)
     taken: list[str] = []
     while len(taken) < len(rectified):
         near = {rectified[spot] for name in taken for spot in _beside(rectified, name)}

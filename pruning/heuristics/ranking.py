@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from ..budget import solve_counts
 from ..checks import check_types
 from ..cost import CostModel
-from ..criteria import CRITERIA, get_criterion, normalised_scores
+from ..criteria import CRITERIA, NORMS, get_criterion, normalised_scores
 from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..trimmer import Subject, Trimmer
-from .rounds import Candidate, Decision, Goal, Pace, Pruned, floors, plan_of, prune_in_rounds, weakest_leave
+from .rounds import FLOOR_STEP, Candidate, Decision, Goal, Pace, Pruned, floors, plan_of, prune_in_rounds, weakest_leave
 
 SCOPES = ("uniform", "global", "local")
 
@@ -31,9 +31,11 @@ class RankingSettings:
     """How a ranking is turned into plans.
 
     Attributes:
-        scope: "uniform": the same share of every group stays. "global": one ranking over all groups, by scores divided
-            by their layer's Euclidean norm (Molchanov 2017); "taylor_2019" is comparable as it is. "local": every group
-            has a threshold of its own, the same multiple of its mean score.
+        scope: "uniform": the same share of every group stays. "global": one ranking over all groups. "local": every
+            group has a threshold of its own, the same multiple of its mean score.
+        norm: What makes scores of different groups comparable under "global": "l2", the Euclidean norm of their layer
+            (Molchanov 2017), "mean", their layer's mean, or "none"; "own" = "l2", but "none" for "taylor_2019", which
+            was published so.
         channels_per_round: Channels that leave in a round ("global" and "local"); 0 = as many as the budget and
             `rounds` ask for.
         rounds: Cuts on the way to the budget, each by the same factor, where `channels_per_round` is 0. With an
@@ -46,6 +48,7 @@ class RankingSettings:
     """
 
     scope: str = "uniform"
+    norm: str = "own"
     channels_per_round: int = 0
     rounds: int = 1
     updates_between: int = -1
@@ -58,6 +61,8 @@ class RankingSettings:
         check_types(self)
         if self.scope not in SCOPES:
             raise UserError(f"scope must be a known name, but got {self.scope!r}{closest(self.scope, SCOPES)}")
+        if self.norm not in ("own", *NORMS):
+            raise UserError(f"norm must be one of own, {', '.join(NORMS)}, but got {self.norm!r}")
         if self.rounds < 1 or self.channels_per_round < 0 or self.updates_between < -1:
             raise UserError(
                 "a ranking needs rounds >= 1, channels_per_round >= 0 and updates_between >= -1, but got "
@@ -74,10 +79,6 @@ class RankingSettings:
                 f"narrowest must be 0, but got {self.channels_per_round}, {self.mac_regulariser} and {self.narrowest}; "
                 "use scope 'global' or 'local'"
             )
-
-
-FLOOR_STEP = 0.9
-"""Share of the present cost that a cut leaves where only an accuracy floor ends the rounds."""
 
 
 def rank_and_cut(
@@ -193,7 +194,9 @@ class _Rule:
         return replace(self.goal, budget=max(share, least, self.goal.budget or 0.0))
 
     def _candidates(self, subject: Subject, present: NDArray[np.int64]) -> list[Candidate]:
-        norm = "mean" if self.settings.scope == "local" else ("none" if self.criterion == "taylor_2019" else "l2")
+        norm = "mean" if self.settings.scope == "local" else self.settings.norm
+        if norm == "own":
+            norm = "none" if self.criterion == "taylor_2019" else "l2"
         scores = normalised_scores(self.criterion, subject.groups, subject.context, norm)
         saved = self._saved_macs(present) if self.settings.mac_regulariser else np.zeros(len(present))
         return [

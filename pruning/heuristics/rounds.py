@@ -27,6 +27,9 @@ Masks = dict[str, NDArray[np.bool_]]
 Candidate = tuple[float, str, int]
 """How urgently a channel should leave (higher = sooner), its group, its number."""
 
+FLOOR_STEP = 0.9
+"""Share of the present cost that a round leaves where an accuracy floor ends the rounds."""
+
 
 @dataclass(frozen=True)
 class Goal:
