@@ -1,6 +1,18 @@
 """Who decides: the learned search, its comparison with heuristics, run folders and the command line."""
 
+from .methods import METHODS, Method, PruneSettings, prune
 from .search import SearchResult, search
-from .settings import LearnerSettings, SearchConfig, SearchSettings
+from .settings import LearnerSettings, MethodSettings, SearchConfig, SearchSettings
 
-__all__ = ["LearnerSettings", "SearchConfig", "SearchResult", "SearchSettings", "search"]
+__all__ = [
+    "METHODS",
+    "LearnerSettings",
+    "Method",
+    "MethodSettings",
+    "PruneSettings",
+    "SearchConfig",
+    "SearchResult",
+    "SearchSettings",
+    "prune",
+    "search",
+]

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import stable_baselines3
 import torch
+from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
@@ -70,12 +73,13 @@ def make_learner(
     Args:
         settings: What to make.
         environment: From `make_environments`.
-        steps_per_episode: Groups × rounds; an update sees whole episodes only.
+        steps_per_episode: Groups × rounds; an update of an on-policy algorithm sees whole episodes only.
         seed: Of its weights and its noise.
         log_folder: Folder for TensorBoard, or None.
 
     Raises:
-        UserError: Unknown algorithm, one without continuous actions, or an argument it does not take.
+        UserError: Unknown algorithm, one without continuous actions, an argument it does not take, or a warm-up for an
+            algorithm that has none.
     """
     kind = find_algorithm(settings)
     accepted = set(inspect.signature(kind.__init__).parameters)
@@ -98,7 +102,13 @@ def make_learner(
             keywords["n_epochs"] = 10
         keywords["policy_kwargs"] = {"log_std_init": settings.noise_start}
     elif "learning_starts" in accepted:
-        keywords.update(learning_starts=rollout, batch_size=64)
+        warmup = settings.episodes_per_update if settings.warmup_episodes is None else settings.warmup_episodes
+        keywords.update(learning_starts=steps_per_episode * warmup, batch_size=64)
+        if issubclass(kind, TD3):  # DDPG too; their policies are deterministic
+            keywords["action_noise"] = FallingNoise(settings.noise_start)
+            # the reward comes with the last step: one step at a time it would take a target network's delay for each
+            # group to reach the first
+            keywords["n_steps"] = steps_per_episode
     keywords["policy_kwargs"] = {**keywords.get("policy_kwargs", {}), "net_arch": list(settings.hidden)}
     keywords = {name: value for name, value in keywords.items() if name in accepted}
     keywords.update(settings.arguments)
@@ -116,7 +126,8 @@ def find_algorithm(settings: LearnerSettings) -> type[BaseAlgorithm]:
     """Return the class that `settings.algorithm` names, and check `settings.arguments` against it.
 
     Raises:
-        UserError: Unknown algorithm, one that learns otherwise than step by step, or an argument it does not take.
+        UserError: Unknown algorithm, one that learns otherwise than step by step, an argument it does not take, or a
+            warm-up for an algorithm that has none.
     """
     known = algorithms()
     if settings.algorithm not in known:
@@ -128,6 +139,11 @@ def find_algorithm(settings: LearnerSettings) -> type[BaseAlgorithm]:
     if not issubclass(kind, (OnPolicyAlgorithm, OffPolicyAlgorithm)):
         raise UserError(
             f"algorithm must learn step by step, on or off policy, but {settings.algorithm} does not; use PPO"
+        )
+    if settings.warmup_episodes is not None and issubclass(kind, OnPolicyAlgorithm):
+        raise UserError(
+            f"warmup_episodes is for algorithms that learn off policy, but {settings.algorithm} learns from its first "
+            f"episode, and got {settings.warmup_episodes}; set it to null"
         )
     accepted = set(inspect.signature(kind.__init__).parameters) - {"self", "policy", "env"}
     for name in settings.arguments:
@@ -148,12 +164,36 @@ class LinearFall:
         return self.start * (0.1 + 0.9 * max(0.0, remaining))
 
 
+class FallingNoise(NormalActionNoise):
+    """Gaussian noise on one action, whose standard deviation is set from outside.
+
+    Args:
+        log_std: Logarithm of the standard deviation at the start.
+    """
+
+    def __init__(self, log_std: float) -> None:
+        super().__init__(np.zeros(1), np.full(1, np.exp(log_std)))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 0 = no noise."""
+        return float(self._sigma[0])
+
+    @std.setter
+    def std(self, value: float) -> None:
+        self._sigma = np.full(1, value)
+
+
 def noise_setter(learner: BaseAlgorithm, settings: LearnerSettings) -> Callable[[float], None] | None:
     """Return a function that sets the policy's noise for a share of the search, or None where it has none.
 
     A learned standard deviation moves too slowly within a few hundred episodes, and a constant one keeps the best
-    plans from being tried; so the noise follows a schedule and, where the algorithm allows, is not trained.
+    plans from being tried; so the noise follows a schedule and, where the algorithm allows, is not trained. Noise that
+    is added to a deterministic policy is nil during the warm-up, whose actions are random already, and falls from its
+    end on.
     """
+    if isinstance(learner, OffPolicyAlgorithm) and isinstance(learner.action_noise, FallingNoise):
+        return _AddedNoise(learner, settings)
     log_std = getattr(learner.policy, "log_std", None)
     if not isinstance(log_std, torch.nn.Parameter):
         return None
@@ -165,3 +205,26 @@ def noise_setter(learner: BaseAlgorithm, settings: LearnerSettings) -> Callable[
             log_std.fill_(settings.noise_start + (settings.noise_end - settings.noise_start) * spent)
 
     return set_noise
+
+
+class _AddedNoise:
+    """Sets the noise that is added to a deterministic policy's actions."""
+
+    def __init__(self, learner: OffPolicyAlgorithm, settings: LearnerSettings) -> None:
+        self.learner, self.settings = learner, settings
+        self._warm: float | None = None  # share of the search that the warm-up took, once it is over
+
+    def __call__(self, spent: float) -> None:
+        """Set the noise for a share of the search, in [0, 1]."""
+        start, end = self.settings.noise_start, self.settings.noise_end
+        if self.learner.num_timesteps < self.learner.learning_starts:
+            std = 0.0
+        else:
+            if self._warm is None:
+                self._warm = spent
+            fallen = (spent - self._warm) / (1.0 - self._warm) if self._warm < 1.0 else 1.0
+            std = float(np.exp(start + (end - start) * fallen))
+        noise = self.learner.action_noise  # one for each worker, once learning has begun
+        for one in noise.noises if isinstance(noise, VectorizedActionNoise) else [noise]:
+            if isinstance(one, FallingNoise):
+                one.std = std

@@ -28,6 +28,7 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Trimmer
 from ..pruning.widths import GroupSettings
+from .amc import amc
 from .randomness import derive_seed, random_state_kept
 from .settings import MethodSettings
 
@@ -172,6 +173,13 @@ def _data_free(request: Request) -> Pruned:
     )  # fmt: skip
 
 
+def _amc(request: Request) -> Pruned:
+    return amc(
+        request.trimmer, request.goal, request.methods.amc,
+        retraining=request.retraining, seed=request.seed, progress=request.progress,
+    )  # fmt: skip
+
+
 def _ranking(criterion: str) -> Callable[[Request], Pruned]:
     def run(request: Request) -> Pruned:
         own = request.methods.taylor if criterion.startswith("taylor") else request.methods.ranking
@@ -196,6 +204,10 @@ def _check_rectified(network: nn.Module, groups: Sequence[ChannelGroup], methods
 
 def _check_mergeable(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
     check_mergeable(network, groups, methods.data_free)
+
+
+def _serves_all(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
+    """Refuse nothing."""
 
 
 def _by_rank(criterion: str, description: str, source: str, compensation: str = PUBLISHED) -> Method:
@@ -257,6 +269,14 @@ METHODS: dict[str, Method] = {
             "the channels that the next layers miss least after a least-squares repair leave",
             "ours",
             "least_squares",
+        ),
+        Method(
+            "amc",
+            "a DDPG agent walks the layers and says how much of each stays",
+            "He, Lin, Liu, Wang, Li, Han 2018, arXiv 1802.03494",
+            _amc,
+            _serves_all,
+            compensation="least_squares",
         ),
         _by_rank("random", "channels leave at random: the control", "a control"),
     )

@@ -119,8 +119,8 @@ def _search(
     trimmer = Trimmer(task, settings.trim.repair, settings.trim.groups)
     history = History(run_folder.path / "history.csv" if run_folder else None)
     environment = TrimEnv(task, settings.trim, trimmer=trimmer)  # refuses impossible settings before any work
-    policy, stopped_by = _learn(task, settings, trimmer, environment, history, run_folder, progress)
-    schedule, candidates = _choose(trimmer, settings, history, run_folder, progress)
+    policy, stopped_by = learn(task, settings, trimmer, environment, history, run_folder, progress)
+    schedule, candidates = choose(trimmer, settings, history, run_folder, progress)
     if run_folder:
         run_folder.write_schedule(schedule)
         run_folder.write_policy(policy)
@@ -190,7 +190,7 @@ def resolve_settings(settings: SearchSettings) -> SearchSettings:
     return replace(settings, trim=replace(settings.trim, repair=repair))
 
 
-def _learn(
+def learn(
     task: PruningTask,
     settings: SearchSettings,
     trimmer: Trimmer,
@@ -252,7 +252,7 @@ def _play(learner: BaseAlgorithm, environment: TrimEnv) -> tuple[list[dict[str, 
     return infos, reward
 
 
-def _choose(
+def choose(
     trimmer: Trimmer, settings: SearchSettings, history: History, run_folder: RunFolder | None, progress: Progress
 ) -> tuple[Schedule, list[tuple[Evaluation, Score]]]:
     """Score the best distinct schedules again, on the selection split, and take the best there."""

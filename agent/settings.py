@@ -25,7 +25,8 @@ class LearnerSettings:
             the deterministic actions of DDPG and TD3 once their warm-up is over.
         noise_end: The same when all evaluations are spent; the logarithm falls linearly.
         hidden: Units of each hidden layer of policy and value function.
-        arguments: Further keyword arguments of the algorithm's constructor.
+        arguments: Further keyword arguments of the algorithm's constructor, e.g. buffer_size, tau, gradient_steps; for
+            DDPG and TD3 n_steps, the steps a return looks ahead, is the whole episode by default.
     """
 
     algorithm: str = "PPO"
@@ -53,6 +54,46 @@ class LearnerSettings:
 
 
 @dataclass(frozen=True)
+class AmcSettings:
+    """How AMC proceeds; its environment and agent are fixed, see `amc`.
+
+    Attributes:
+        evaluations: Scored networks.
+        warmup_episodes: Of these, with random actions before anything is learned; the paper: 100 of 800.
+        learning_rate: At the start; it falls linearly to a tenth.
+        noise_start: Log standard deviation of the noise on actions in [-1, 1] after the warm-up; the paper: 0, which is
+            0.5 on shares in [0, 1].
+        noise_end: The same when all evaluations are spent.
+        hidden: Units of each hidden layer of actor and critic.
+        largest_trim: Largest share of a layer that leaves; the paper: 0.8.
+        candidates: Best plans that are scored again, on the selection split; the best there wins.
+    """
+
+    evaluations: int = 300
+    warmup_episodes: int = 60
+    learning_rate: float = 1e-3
+    noise_start: float = 0.0
+    noise_end: float = -3.5
+    hidden: tuple[int, ...] = (300, 300)
+    largest_trim: float = 0.8
+    candidates: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
+        if not 0 <= self.warmup_episodes < self.evaluations or self.candidates < 1:
+            raise UserError(
+                "AMC needs evaluations > warmup_episodes >= 0 and candidates >= 1, but got "
+                f"{self.evaluations}, {self.warmup_episodes} and {self.candidates}"
+            )
+        if not self.learning_rate > 0 or not 0 < self.largest_trim < 1 or any(units < 1 for units in self.hidden):
+            raise UserError(
+                "AMC needs learning_rate > 0, largest_trim in (0, 1) and hidden layers of at least one unit, but got "
+                f"{self.learning_rate}, {self.largest_trim} and {list(self.hidden)}"
+            )
+
+
+@dataclass(frozen=True)
 class MethodSettings:
     """How the methods that a search is compared with proceed.
 
@@ -60,11 +101,13 @@ class MethodSettings:
         network_trimming: Iterative removal by APoZ.
         data_free: Merging of nearly equal neurons.
         taylor: "taylor_2017" and "taylor_2019": a few channels a round, updates in between.
+        amc: DDPG on layer after layer.
         ranking: Every other ranking, e.g. "l1" or "mean_activation".
     """
 
     network_trimming: NetworkTrimmingSettings = field(default_factory=NetworkTrimmingSettings)
     data_free: DataFreeSettings = field(default_factory=DataFreeSettings)
+    amc: AmcSettings = field(default_factory=AmcSettings)
     taylor: RankingSettings = field(default_factory=lambda: RankingSettings(scope="global", channels_per_round=16))
     ranking: RankingSettings = field(default_factory=RankingSettings)
 

@@ -83,12 +83,15 @@ def main() -> int:
         budget=options.lowest, budget_unit="macs", seed=config.search.seed,
         repair=RepairSettings(calibration_images=256, recalibration_images=256, reward_images=options.images),
         retraining=replace(
-            trim.retraining, updates=options.updates * (total // options.channels), epochs=0.0, learning_rate=0.01, schedule="constant",
-            distillation=0.0,
+            trim.retraining, updates=options.updates * (total // options.channels), epochs=0.0, distillation=0.0,
+            learning_rate=0.01, schedule="constant",
         ),
         methods=MethodSettings(taylor=ranking, ranking=ranking),
     )  # fmt: skip
-    curves = [walk(task, replace(settings, method=name, compensation=repair)) for name, repair in CURVES]
+    curves = []
+    for name, repair in CURVES:
+        curves.append(walk(task, replace(settings, method=name, compensation=repair)))
+        print(f"{curves[-1].label}: {len(curves[-1].macs)} steps", file=sys.stderr)
     base = Trimmer(task, settings.repair).baseline.accuracy
     command = shlex.join(["python", "benchmarks/curves.py", *sys.argv[1:]])
     lines = page(task, curves, base, settings, options.channels, options.updates)
@@ -147,8 +150,8 @@ def page(
         f"Order at 40 % without repair: {', '.join(order)}.",
         "",
         "Published (Molchanov et al. 2017): Taylor above mean activation, weight norm and random choice, on VGG-16 and "
-        "AlexNet with transfer to small data sets. Ours differs in the network (residual, with batch norm), in k, and in few "
-        "updates a step; one seed, and a thousand images leave a standard error of about 1.2 points.",
+        "AlexNet with transfer to small data sets. Ours differs in the network (residual, with batch norm), in k, and "
+        "in the few updates a step; one seed, and a thousand images leave a standard error of about 1.2 points.",
         "",
     ]
 

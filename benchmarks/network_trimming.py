@@ -165,8 +165,9 @@ def lenet(runs: list[SeedRun], updates: int) -> list[str]:
     lines += [
         "",
         f"Mean difference {change.mean():+.3f} points over {len(runs)} seeds (smallest {change.min():+.2f}, largest "
-        f"{change.max():+.2f}); published: 3.85× fewer weights at −0.05 points (both accuracies recalled). The widths differ "
-        "from the published ones: the threshold acts on other trained weights, and the last round stops at the budget.",
+        f"{change.max():+.2f}); published: 3.85× fewer weights at −0.05 points (both accuracies recalled). The widths "
+        "differ from the published ones: the threshold acts on other trained weights, the last round stops at "
+        "the budget.",
     ]
     return lines
 
@@ -200,9 +201,10 @@ def ablation(runs: list[SeedRun]) -> list[str]:
     above = sum(run.scratch_apoz[name] > run.inherited_apoz[name] for run, name in pairs)
     lines += [
         "",
-        "Published: random weights are worse and their mean APoZ rises, inherited weights bring it below the ancestor's. "
-        f"Here random weights are worse in {worse} of {len(runs)} seeds; inherited weights end below the ancestor's mean "
-        f"APoZ in {below} of {len(pairs)} layers, and random weights above the inherited ones in {above} of {len(pairs)}.",
+        "Published: random weights are worse and their mean APoZ rises, inherited weights bring it below the "
+        f"ancestor's. Here random weights are worse in {worse} of {len(runs)} seeds; inherited weights end below the "
+        f"ancestor's mean APoZ in {below} of {len(pairs)} layers, and random weights above the inherited ones in "
+        f"{above} of {len(pairs)}.",
     ]
     return lines
 

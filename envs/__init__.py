@@ -4,11 +4,24 @@ import gymnasium as gym
 
 from .observation import FEATURES
 from .reward import RewardSettings
+from .select import SelectFiltersEnv, SelectSettings
 from .trim import TrimEnv, TrimSettings
 
 TRIM = "prunegym/Trim-v0"
+SELECT_FILTERS = "prunegym/SelectFilters-v0"
 
 if TRIM not in gym.registry:
     gym.register(id=TRIM, entry_point="prunegym.envs.trim:TrimEnv")
+if SELECT_FILTERS not in gym.registry:
+    gym.register(id=SELECT_FILTERS, entry_point="prunegym.envs.select:SelectFiltersEnv")
 
-__all__ = ["FEATURES", "TRIM", "RewardSettings", "TrimEnv", "TrimSettings"]
+__all__ = [
+    "FEATURES",
+    "SELECT_FILTERS",
+    "TRIM",
+    "RewardSettings",
+    "SelectFiltersEnv",
+    "SelectSettings",
+    "TrimEnv",
+    "TrimSettings",
+]

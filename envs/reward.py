@@ -18,6 +18,7 @@ class Outcome:
         loss: Cross-entropy on the reward images, in nats.
         reference_loss: Of the uniform plan.
         kept: Share of the original cost that is left, in (0, 1], in the budget's unit.
+        macs: Multiply-accumulates of one example that are left.
     """
 
     accuracy: float
@@ -26,6 +27,7 @@ class Outcome:
     loss: float
     reference_loss: float
     kept: float
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class RewardSettings:
             "accuracy_floor": ψ · φ of try-and-learn (Huang et al. 2018): ψ = (b − (p* − p̂)) / b, φ = ln(N / C).
         accepted_drop: b, the accepted drop of accuracy, in (0, 1].
         weights: Weight of each term, replacing the objective's own: "gain_over_uniform" (accuracy, a share),
-            "loss_gain" (cross-entropy below the uniform plan's, in nats), "psi_phi", "accuracy", "saving".
+            "loss_gain" (cross-entropy below the uniform plan's, in nats), "psi_phi", "accuracy", "saving";
+            "negative_error" (accuracy - 1) and "error_log_macs" (-(1 - accuracy) · ln MACs) are the rewards of AMC
+            (He et al. 2018), the one where a budget is enforced, the other where none is.
     """
 
     objective: str = "budget"
@@ -80,12 +84,22 @@ def _saving(outcome: Outcome, settings: RewardSettings) -> float:
     return 1.0 - outcome.kept
 
 
+def _negative_error(outcome: Outcome, settings: RewardSettings) -> float:
+    return outcome.accuracy - 1.0
+
+
+def _error_log_macs(outcome: Outcome, settings: RewardSettings) -> float:
+    return -(1.0 - outcome.accuracy) * math.log(outcome.macs)
+
+
 TERMS: dict[str, Term] = {
     "gain_over_uniform": _gain,
     "loss_gain": _loss_gain,
     "psi_phi": _psi_phi,
     "accuracy": _accuracy,
     "saving": _saving,
+    "negative_error": _negative_error,
+    "error_log_macs": _error_log_macs,
 }
 
 OBJECTIVES: Mapping[str, dict[str, float]] = {

@@ -22,7 +22,7 @@ from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
 from ..pruning.widths import GroupSettings
 from .action import ActionRule, RoundTarget, make_action_rule
 from .default_task import default_task
-from .observation import GroupObservation, Progress
+from .observation import Progress, check_observation, make_observation
 from .render import widths_image, widths_text
 from .reward import Outcome, Reward, RewardSettings
 
@@ -36,6 +36,7 @@ class TrimSettings:
         budget_unit: "macs" or "params".
         rounds: Walks over the groups in one episode; the budget is approached geometrically.
         action: "score", "ratio" or "threshold", see `envs.action`.
+        observation: "full" (29 features) or "amc" (the eleven of AMC), see `envs.observation`.
         score_scale: Log-odds of staying at action 1 (rule "score").
         largest_trim: Largest share that one action may trim (rule "ratio").
         retrain_updates: Training updates after each round's cut, inside the episode.
@@ -51,6 +52,7 @@ class TrimSettings:
     budget_unit: str = "macs"
     rounds: int = 1
     action: str = "score"
+    observation: str = "full"
     score_scale: float = 3.0
     largest_trim: float = 0.95
     retrain_updates: int = 0
@@ -69,6 +71,7 @@ class TrimSettings:
                 f"budget must be in (0, 1], but got budget={self.budget}; it is the share of {self.budget_unit} to keep"
             )
         check_types(self.reward)
+        check_observation(self.observation)
         if self.rounds < 1 or self.retrain_updates < 0:
             raise UserError(
                 f"rounds must be at least 1 and retrain_updates at least 0, but got {self.rounds} and "
@@ -100,7 +103,9 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     names groups that stay whole, and the multiples and the minimum that every cut width keeps to.
 
     ## Observation
-    `Box` of shape (29,), float32: the group that the *next* action trims. In order (see `observation.FEATURES`):
+    `TrimSettings.observation` chooses; float32, of the group that the *next* action trims.
+
+    "full", `Box` of shape (29,), in order (see `observation.FEATURES`):
 
     | index | name | min | max | meaning |
     |---|---|---|---|---|
@@ -114,6 +119,19 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     | 24–26 | target, spent, reachable | 0 | 1 | budget; cost decided so far; least cost still reachable |
     | 27 | previous_action | -1 | 1 | action of the step before |
     | 28 | accuracy_drop | -1 | 1 | original accuracy − last scored accuracy |
+
+    "amc", `Box` of shape (11,), the state of AMC (He et al. 2018), in order (see `observation.AMC_FEATURES`):
+
+    | index | name | min | max | meaning |
+    |---|---|---|---|---|
+    | 0 | index | 0 | 1 | place in the walk |
+    | 1–2 | channels_out, channels_in | 0 | 1 | of the first producer / the most in the walk |
+    | 3–4 | height, width | 0 | 1 | of the maps it reads (1 for linear layers) / the largest in the walk |
+    | 5–6 | stride, kernel | 0 | 1 | of the first producer / the largest in the walk |
+    | 7 | macs | 0 | 1 | MACs of the producers / MACs of the pristine network, whatever the budget's unit |
+    | 8 | reduced | 0 | 1 | MACs that the widths decided so far take away, the same unit |
+    | 9 | rest | 0 | 1 | MACs of the producers of the groups still to come, the same unit |
+    | 10 | previous_action | 0 | 1 | (action of the step before + 1) / 2, 0.5 at the start |
 
     ## Action
     `Box(-1, 1, (1,))`; the meaning is `TrimSettings.action`: "score" (keep = sigmoid(scale · a + b), one b solved so
@@ -165,7 +183,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             raise UserError("a shared trimmer must have the environment's group settings, but they differ")
         model = self.trimmer.cost_model
         self._rule = checked_rule(model, self.settings)
-        self._observation = GroupObservation(model)
+        self._observation = make_observation(self.settings.observation, model, self.trimmer.task.example)
         self._reward = Reward(self.settings.reward)
         self.observation_space: gym.spaces.Box = self._observation.space()  # type: ignore[assignment]
         self.action_space: gym.spaces.Box = self._rule.space()  # type: ignore[assignment]
@@ -261,6 +279,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             loss=self._score.score.loss,
             reference_loss=reference.loss,
             kept=self._kept(self._score),
+            macs=self._score.cost.macs,
         )
         terms = self._reward.terms(outcome)
         report: dict[str, Any] = {"reward_terms": terms, "plans": [plan.to_dict() for plan in self._plans]}
@@ -314,6 +333,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
                 target=target.share or 0.0,
                 spent=model.share(counts, unit),
                 reachable=model.share(least, unit),
+                macs=model.share(counts, "macs"),
                 previous_action=self._previous,
                 accuracy_drop=drop,
             ),

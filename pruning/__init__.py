@@ -3,7 +3,7 @@
 from .budget import solve_counts
 from .compensation import COMPENSATIONS, compensate
 from .cost import Cost, CostModel, count_cost
-from .criteria import CRITERIA, RankingContext, rank_channels
+from .criteria import CRITERIA, RankingContext, normalised_scores, rank_channels
 from .data import DataSplits, SplitSettings, load_data
 from .errors import UserError
 from .evaluation import Score, evaluate
@@ -12,6 +12,7 @@ from .groups import ChannelGroup, shrink_groups
 from .latency import Latency, measure_latency
 from .networks import build_network, network_names
 from .optimizer_state import OptimizerState, carry_optimizer, slice_state
+from .oracle import Correlation, OracleLoss, oracle, rank_correlation
 from .plan import PruningPlan
 from .prepare import TaskSettings, prepare_task
 from .recalibration import recalibrate
@@ -29,12 +30,14 @@ __all__ = [
     "AllowedWidths",
     "Built",
     "ChannelGroup",
+    "Correlation",
     "Cost",
     "CostModel",
     "DataSplits",
     "GroupSettings",
     "Latency",
     "OptimizerState",
+    "OracleLoss",
     "PruningPlan",
     "PruningTask",
     "RankingContext",
@@ -64,8 +67,11 @@ __all__ = [
     "measure",
     "measure_latency",
     "network_names",
+    "normalised_scores",
+    "oracle",
     "prepare_task",
     "rank_channels",
+    "rank_correlation",
     "recalibrate",
     "retrain",
     "shrink_groups",

@@ -9,7 +9,7 @@ compared on the same ground.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -222,10 +222,7 @@ class Trimmer:
             groups: Its groups.
             plan: How it came from the pristine network.
         """
-
-        def measured() -> Statistics:
-            return measure(network, groups, self._batches(self.calibration))
-
+        measured = partial(self._measure, network, tuple(groups))  # which can be pickled, unlike a function made here
         return Subject(network, tuple(groups), measured, plan, self.settings.criterion, self.settings.seed)
 
     def examine_trimmed(self, trimmed: Trimmed) -> Subject:
@@ -332,6 +329,9 @@ class Trimmer:
     def score_selection(self, network: nn.Module) -> Score:
         """Score a network on the selection split."""
         return evaluate(network, self._batches(self.task.selection), self.task.metric)
+
+    def _measure(self, network: nn.Module, groups: tuple[ChannelGroup, ...]) -> Statistics:
+        return measure(network, groups, self._batches(self.calibration))
 
     def _batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(split.batches(self.settings.batch_size))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from prunegym.agent.methods import METHODS, PruneSettings, prune
-from prunegym.agent.settings import MethodSettings
+from prunegym.agent.settings import AmcSettings, MethodSettings
 from prunegym.envs.default_task import default_task
 from prunegym.pruning import (
     GroupSettings,
@@ -31,7 +31,8 @@ from torch import nn
 
 UPDATES = RetrainSettings(updates=8, batch_size=32, learning_rate=0.01)
 NONE = RetrainSettings()
-NO_DATA_NEEDED = [name for name in METHODS if name != "bn_scale"]  # the small LeNet has no batch norm
+SERVING = [name for name in METHODS if name != "bn_scale"]  # the small LeNet has no batch norm
+FEW = MethodSettings(amc=AmcSettings(evaluations=12, warmup_episodes=4, candidates=2))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def task() -> PruningTask:
 
 
 def pruned(task: PruningTask, method: str, **others: Any) -> Pruned:
-    return prune(task, PruneSettings(method, **{"budget": 0.3, "budget_unit": "params", **others}))
+    return prune(task, PruneSettings(method, **{"budget": 0.3, "budget_unit": "params", "methods": FEW, **others}))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -49,7 +50,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 # ---- every method ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+@pytest.mark.parametrize("method", SERVING)
 def test_a_method_meets_the_budget_and_tells_where_its_plans_come_from(method: str, task: PruningTask) -> None:
     before = {name: value.clone() for name, value in task.network.state_dict().items()}
     made = pruned(task, method, retraining=UPDATES, seed=5)
@@ -67,7 +68,7 @@ def test_a_method_meets_the_budget_and_tells_where_its_plans_come_from(method: s
     assert not task.test.readings
 
 
-@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+@pytest.mark.parametrize("method", SERVING)
 def test_a_method_replays_bit_for_bit(method: str, task: PruningTask) -> None:
     made, again = (pruned(task, method, retraining=UPDATES, seed=5) for _ in range(2))
     assert [record.plan for record in made] == [record.plan for record in again]
@@ -75,7 +76,7 @@ def test_a_method_replays_bit_for_bit(method: str, task: PruningTask) -> None:
     assert same_weights(build(Trimmer(task, made.schedule.repair), made.schedule).network, made.network)
 
 
-@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+@pytest.mark.parametrize("method", SERVING)
 def test_a_method_stops_at_an_accepted_drop(method: str, task: PruningTask) -> None:
     made = pruned(task, method, budget=None, accepted_drop=0.1)
     base = Trimmer(task, made.schedule.repair).baseline.accuracy
@@ -84,13 +85,13 @@ def test_a_method_stops_at_an_accepted_drop(method: str, task: PruningTask) -> N
     assert made.rounds[-1].cost.params < count_cost(task.network, task.example).params
 
 
-@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+@pytest.mark.parametrize("method", SERVING)
 def test_a_method_takes_any_compensation(method: str, task: PruningTask) -> None:
     made = pruned(task, method, compensation="fold_mean")
     assert {record.provenance.compensation for record in made} == {"fold_mean"}
 
 
-@pytest.mark.parametrize("method", NO_DATA_NEEDED)
+@pytest.mark.parametrize("method", SERVING)
 def test_a_method_keeps_to_the_allowed_widths(method: str, task: PruningTask) -> None:
     made = pruned(task, method, budget=0.4, groups=GroupSettings(channel_multiple=4, ignore="conv1"))
     assert all(width % 4 == 0 for name, width in made.schedule.plan.counts.items() if name != "conv1")

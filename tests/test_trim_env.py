@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prunegym.agent.learner import make_environments
 from prunegym.envs import FEATURES, TRIM, RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
-from prunegym.envs.observation import GroupObservation
+from prunegym.envs.observation import AMC_FEATURES, Feature, GroupObservation
 from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, RepairSettings, Trimmer, UserError, apply_plan
 from prunegym.pruning.cost import count_cost
 from prunegym.pruning.heuristics import uniform
@@ -134,16 +134,18 @@ def test_spaces_are_the_documented_ones(trimmer: Trimmer) -> None:
     assert len({feature.name for feature in FEATURES}) == len(FEATURES)
 
 
-def test_the_docstring_table_lists_every_feature_with_its_range() -> None:
-    rows = re.findall(r"^\s*\| (\d+)(?:–(\d+))? \| (.+?) \| (-?\d) \| (-?\d) \|", TrimEnv.__doc__ or "", re.MULTILINE)
+@pytest.mark.parametrize(("heading", "features"), [('"full"', FEATURES), ('"amc"', AMC_FEATURES)])
+def test_the_docstring_table_lists_every_feature_with_its_range(heading: str, features: tuple[Feature, ...]) -> None:
+    part = (TrimEnv.__doc__ or "").split(f"    {heading}, `Box` of shape ")[1]
+    rows = re.findall(r"^\s*\| (\d+)(?:–(\d+))? \| (.+?) \| (-?\d) \| (-?\d) \|", part.split("`Box`")[0], re.MULTILINE)
     described = [
         (place, names, int(low), int(high))
         for first, last, names, low, high in rows
         for place in range(int(first), int(last or first) + 1)
     ]
-    assert [place for place, *_ in described] == list(range(len(FEATURES)))
-    assert f"shape ({len(FEATURES)},)" in (TrimEnv.__doc__ or "")
-    for feature, (_, names, low, high) in zip(FEATURES, described, strict=True):
+    assert [place for place, *_ in described] == list(range(len(features)))
+    assert part.startswith(f"({len(features)},)")
+    for feature, (_, names, low, high) in zip(features, described, strict=True):
         assert (feature.low, feature.high) == (low, high), feature.name
         assert feature.name.split("_")[0] in names.replace("above", "apoz"), feature.name
 

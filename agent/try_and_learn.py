@@ -1,0 +1,362 @@
+"""Try-and-learn: layer by layer, a policy looks at the filters' weights and learns by trying which of them can go.
+
+Source: Huang, Zhou, You, Neumann, "Learning to Prune Filters in Convolutional Neural Networks" (WACV 2018, arXiv
+1801.07365): from the lowest layer to the highest, a policy network of its own for each reads the layer's raw filter
+weights and keeps or drops every filter; the network is cut, fine-tuned a little and scored, the reward is ψ · φ (see
+`SelectFiltersEnv`); REINFORCE with five samples an update and normalised returns; then the layer is cut, the network is
+fine-tuned, and the next layer follows. Ours are the policy that treats all filters alike (`filterwise`), that the best
+action of all tried is taken, the exact stop at a budget, and that a layer stays whole where nothing tried pays.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
+
+from ..envs.select import SelectFiltersEnv, SelectSettings, filter_rows
+from ..pruning.checks import check_seed, check_types
+from ..pruning.errors import UserError, closest
+from ..pruning.groups import ChannelGroup
+from ..pruning.heuristics.rounds import Decision, Goal, Pace, Pruned, prune_in_rounds
+from ..pruning.plan import PruningPlan
+from ..pruning.retraining import RetrainSettings
+from ..pruning.trimmer import Subject, Trimmer
+from .filterwise import FilterwisePolicy, NormalisedReturns
+from .randomness import derive_seed, random_state_kept
+
+
+@dataclass(frozen=True)
+class TryAndLearnSettings:
+    """How try-and-learn proceeds.
+
+    Attributes:
+        accepted_drop: b of the reward, in (0, 1]: the accepted drop below the original's accuracy; 0.02 is two points.
+            None = that of the goal, or 0.02 where it has none.
+        evaluations: Networks that are cut, fine-tuned and scored for each layer; the last is the policy's own choice.
+        episodes_per_update: Of these, samples of one REINFORCE update, at least 2.
+        learning_rate: Of the policy (Adam), at the start of each layer; it falls linearly to a tenth.
+        entropy: Weight, at least 0, of the policy's entropy beside its rewards: without any, choices settle before the
+            last useless filters are found. The published method names none (0).
+        initial_keep: Probability, in (0, 1), with which an untrained policy keeps a filter.
+        hidden: Units of each layer of the policy, from 1.
+        fine_tune: Training updates inside an episode, before a network is scored; none where the retraining has no
+            updates either, so that what is tried is what is built.
+        updates_between: Optimizer steps after every layer but the last; -1 = an equal share of those for early rounds.
+        final_share: Share of all updates, in [0, 1], that is kept for the training after the last layer.
+        layers: Patterns such as "layer3.*"; only groups with a producer that matches one are decided, from the lowest
+            to the highest. Empty = all that may be cut.
+    """
+
+    accepted_drop: float | None = None
+    evaluations: int = 200
+    episodes_per_update: int = 5
+    learning_rate: float = 0.01
+    entropy: float = 0.03
+    initial_keep: float = 0.9
+    hidden: int = 128
+    fine_tune: int = 10
+    updates_between: int = -1
+    final_share: float = 0.5
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
+        SelectSettings(accepted_drop=self.drop_for(None), fine_tune=self.fine_tune)  # which know their ranges
+        if self.episodes_per_update < 2 or self.evaluations <= self.episodes_per_update:
+            raise UserError(
+                "episodes_per_update must be at least 2 and evaluations larger, but got "
+                f"{self.episodes_per_update} and {self.evaluations}; returns are normalised over one update"
+            )
+        if not self.learning_rate > 0 or not 0 < self.initial_keep < 1 or self.hidden < 1:
+            raise UserError(
+                "learning_rate must be positive, initial_keep in (0, 1) and hidden at least 1, but got "
+                f"{self.learning_rate}, {self.initial_keep} and {self.hidden}"
+            )
+        if self.entropy < 0 or self.updates_between < -1 or not 0 <= self.final_share <= 1:
+            raise UserError(
+                "entropy must be at least 0, updates_between at least -1 and final_share in [0, 1], but got "
+                f"{self.entropy}, {self.updates_between} and {self.final_share}"
+            )
+
+    def drop_for(self, goal: Goal | None) -> float:
+        """Return b: the settings' own, else the goal's, else 0.02."""
+        known = [self.accepted_drop, goal.accepted_drop if goal else None]
+        return next((drop for drop in known if drop is not None), 0.02)
+
+
+@dataclass(frozen=True)
+class LayerTrial:
+    """What was tried on one layer, and what came of it.
+
+    Attributes:
+        group: Its name.
+        width: Filters before.
+        kept: Filters that stay.
+        chosen: Where they come from: "tried" (the best sample), "policy" (its own choice, each filter that is more
+            likely kept than not) or "whole" (nothing paid more than keeping all, which pays 0).
+        rewards: In the order of trying, the policy's own choice last.
+        accuracies: Of the same networks on the reward images, in [0, 1].
+        widths: Filters that they kept.
+        probabilities: Of each filter before the cut, to be kept, in [0, 1], after all updates.
+        forced: Whether more filters left than were chosen, to meet the budget.
+    """
+
+    group: str
+    width: int
+    kept: int
+    chosen: Literal["tried", "policy", "whole"]
+    rewards: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    widths: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    forced: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class TryAndLearnResult(Pruned):
+    """What try-and-learn made: one plan a layer, and beside it what was tried.
+
+    Attributes:
+        layers: One for each layer that was decided; one more than there are plans where the last was undone.
+    """
+
+    layers: tuple[LayerTrial, ...] = ()
+
+
+def try_and_learn(
+    trimmer: Trimmer,
+    goal: Goal,
+    settings: TryAndLearnSettings | None = None,
+    *,
+    retraining: RetrainSettings,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    evaluated: Callable[[int], None] | None = None,
+) -> TryAndLearnResult:
+    """Learn for each layer, from the lowest to the highest, which filters can go; cut, train, go on.
+
+    Args:
+        trimmer: Task and settings; its criterion is of no account. The published repair is none ("delete").
+        goal: With a budget, pruning ends at the layer that meets it: that layer keeps just as many filters as the
+            budget allows, those that were chosen and the likeliest of the others; no layer keeps more than the later
+            ones can make up for. With an accepted drop, it ends before the first layer after whose training more is
+            lost. `Goal(accepted_drop=1.0)`, with b in the settings, goes through all layers as published.
+        settings: See `TryAndLearnSettings`.
+        retraining: `updates` (or epochs) is the total over all layers; the other values hold for each, but only the
+            training after the last one looks at the selection split (`check_every`, `patience`).
+        seed: Of the policies and the retraining, in [0, 2**63).
+        progress: Called with the number of optimizer steps of retraining done so far.
+        evaluated: Called with the number of networks tried so far, over all layers.
+
+    Raises:
+        UserError: A pattern matches no layer, the layers cannot reach the budget (what they reach is named), or the
+            first layer already loses more than accepted.
+    """
+    check_seed(seed)
+    settings = settings or TryAndLearnSettings()
+    settings = replace(settings, accepted_drop=settings.drop_for(goal))
+    retraining = retraining.resolved(len(trimmer.task.train))
+    order = _layers(trimmer.groups, settings.layers)
+    _check_reach(trimmer, order, goal)
+    rule = _LayerByLayer(trimmer, order, goal, settings, retraining, seed, evaluated)
+    early = int(retraining.updates * (1 - settings.final_share))
+    between = early // max(1, len(order) - 1) if settings.updates_between < 0 else settings.updates_between
+    pace = Pace(max_rounds=len(order), updates_between=between, final_share=settings.final_share)
+    made = prune_in_rounds(
+        trimmer, rule, goal, pace, method="try_and_learn", retraining=retraining, seed=seed, progress=progress
+    )
+    records = tuple(
+        replace(record, provenance=replace(record.provenance, criterion="policy")) for record in made.records
+    )
+    parts: dict[str, Any] = {item.name: getattr(made, item.name) for item in fields(made)}
+    return TryAndLearnResult(**{**parts, "records": records, "layers": tuple(rule.trials)})
+
+
+class _Tries(BaseCallback):
+    """Keeps what was tried, and stops at `most`."""
+
+    def __init__(self, most: int, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self.infos: list[dict[str, Any]] = []
+        self._most, self._tell = most, tell
+
+    def _on_step(self) -> bool:
+        self.infos += self.locals["infos"]
+        self._tell()
+        return len(self.infos) < self._most
+
+
+class _LayerByLayer:
+    """The rule: round `place` decides layer `order[place]`."""
+
+    def __init__(
+        self,
+        trimmer: Trimmer,
+        order: list[str],
+        goal: Goal,
+        settings: TryAndLearnSettings,
+        retraining: RetrainSettings,
+        seed: int,
+        evaluated: Callable[[int], None] | None,
+    ) -> None:
+        self.trials: list[LayerTrial] = []
+        self._trimmer, self._order, self._goal, self._settings = trimmer, order, goal, settings
+        self._retraining, self._seed, self._evaluated = retraining, seed, evaluated
+        self._count = 0
+
+    def __call__(self, subject: Subject, place: int, last: bool) -> Decision:
+        """Learn on one layer, choose, and bring the choice within the budget."""
+        name = self._order[place]
+        group = next(group for group in subject.groups if group.name == name)
+        with random_state_kept():
+            tries, probabilities = self._learn(subject, group, derive_seed(self._seed, f"layer{place}"))
+        best = max(tries, key=lambda info: (_reward(info), -info["loss"]))
+        chosen: Literal["tried", "policy", "whole"] = "policy" if best is tries[-1] else "tried"
+        keep = best["executed"]
+        if _reward(best) <= 0:
+            chosen, keep = "whole", list(range(group.width))
+        fitting = self._fit(subject, group, keep, probabilities, self._order[place + 1 :])
+        forced = len(fitting) < len(keep)
+        self.trials.append(
+            LayerTrial(
+                group=name,
+                width=group.width,
+                kept=len(fitting),
+                chosen=chosen,
+                rewards=tuple(_reward(info) for info in tries),
+                accuracies=tuple(info["accuracy"] for info in tries),
+                widths=tuple(len(info["executed"]) for info in tries),
+                probabilities=tuple(probabilities.tolist()),
+                forced=forced,
+            )
+        )
+        return Decision(PruningPlan({name: fitting}), forced)
+
+    def _learn(
+        self, subject: Subject, group: ChannelGroup, seed: int
+    ) -> tuple[list[dict[str, Any]], NDArray[np.float64]]:
+        """Return the info of every network tried, the policy's own choice last, and (width,) keep probabilities."""
+        settings = self._settings
+        environment = SelectFiltersEnv(
+            settings=SelectSettings(
+                group=group.name,
+                accepted_drop=settings.drop_for(self._goal),
+                fine_tune=settings.fine_tune if self._retraining.updates else 0,
+                retraining=self._retraining,
+                repair=self._trimmer.settings,
+                groups=self._trimmer.group_settings,
+                max_filters=group.width,
+                entries=filter_rows(subject.network, group).shape[1],
+            ),
+            trimmer=self._trimmer,
+            subject=subject,
+        )
+        tries = _Tries(settings.evaluations - 1, self._tell)
+        learner = A2C(
+            FilterwisePolicy,
+            environment,
+            learning_rate=lambda left: settings.learning_rate * (0.1 + 0.9 * left),
+            n_steps=settings.episodes_per_update,
+            gamma=1.0,
+            gae_lambda=1.0,
+            ent_coef=settings.entropy,
+            vf_coef=0.0,  # see `NormalisedReturns`
+            max_grad_norm=math.inf,  # Adam does not mind the gradient's size
+            use_rms_prop=False,
+            rollout_buffer_class=NormalisedReturns,
+            policy_kwargs={"hidden": settings.hidden, "initial_keep": settings.initial_keep},
+            seed=seed,
+            device="cpu",
+        )
+        learner.learn(settings.evaluations - 1, callback=tries)
+        observation, _ = environment.reset()
+        policy: Any = learner.policy
+        probabilities = policy.keep_probabilities(observation).double().numpy()
+        *_, info = environment.step((probabilities > 0.5).astype(np.int8))
+        self._tell()
+        return [*tries.infos, info], probabilities
+
+    def _tell(self) -> None:
+        self._count += 1
+        if self._evaluated:
+            self._evaluated(self._count)
+
+    def _fit(
+        self,
+        subject: Subject,
+        group: ChannelGroup,
+        keep: list[int],
+        probabilities: NDArray[np.float64],
+        later: list[str],
+    ) -> list[int]:
+        """Return what stays: what was chosen, fewer where the later layers could not make up for it, more where the
+        budget is met with filters to spare.
+        """
+        if self._goal.budget is None:
+            return keep
+        model = self._trimmer.cost_model
+        present = np.array([each.width for each in subject.groups], dtype=np.int64)
+        place = model.names.index(group.name)
+        narrowest = model.allowed.smallest(present)
+        still = np.array([each.name in later for each in subject.groups])
+        most = self._widest(place, np.where(still, narrowest, present), present)
+        stays, likely = set(keep), [int(channel) for channel in np.argsort(-probabilities, kind="stable")]
+        if len(keep) > most:
+            return sorted([channel for channel in likely if channel in stays][:most])
+        spare = self._widest(place, present, present) - len(keep)
+        others = [channel for channel in likely if channel not in stays]
+        return sorted([*keep, *others[: max(0, spare)]])
+
+    def _widest(self, place: int, counts: NDArray[np.int64], present: NDArray[np.int64]) -> int:
+        """Return the most filters of group `place` with which `counts` meet the budget, or the fewest allowed."""
+        model, counts = self._trimmer.cost_model, counts.copy()
+        while not self._goal.met(model, counts):
+            before = counts[place]
+            counts[place] -= 1
+            counts[place] = model.allowed.not_above(counts, present)[place]
+            if counts[place] >= before:
+                break
+        return int(counts[place])
+
+
+def _reward(info: dict[str, Any]) -> float:
+    return float(info["reward_terms"]["psi_phi"])
+
+
+def _layers(groups: tuple[ChannelGroup, ...], patterns: tuple[str, ...]) -> list[str]:
+    """Return the names of the groups to decide, from the lowest layer to the highest."""
+    known = [layer for group in groups for layer in group.producers]
+    for pattern in patterns:
+        if not any(fnmatchcase(layer, pattern) for layer in known):
+            raise UserError(
+                f"layers must match layers that may be cut, but {pattern!r} matches none{closest(pattern, known)}"
+            )
+    return [
+        group.name
+        for group in groups
+        if not patterns or any(fnmatchcase(layer, pattern) for layer in group.producers for pattern in patterns)
+    ]
+
+
+def _check_reach(trimmer: Trimmer, order: list[str], goal: Goal) -> None:
+    """Refuse a budget that the layers cannot reach."""
+    if goal.budget is None:
+        return
+    model = trimmer.cost_model
+    model.check_budget(goal.budget, goal.unit)
+    smallest = model.allowed.smallest(model.widths)
+    least = {name: int(count) for name, count in zip(model.names, smallest, strict=True) if name in order}
+    reached = model.share(least, goal.unit)
+    if reached > goal.budget:
+        wording = model.allowed.settings
+        raise UserError(
+            f"the budget must be reachable by the layers, but {wording.narrowest} in each still costs {reached:.4f} of "
+            f"the {goal.unit}{wording.limits}; the budget is {goal.budget}"
+        )
