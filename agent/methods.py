@@ -31,6 +31,7 @@ from ..pruning.widths import GroupSettings
 from .amc import amc
 from .randomness import derive_seed, random_state_kept
 from .settings import MethodSettings
+from .try_and_learn import try_and_learn
 
 PUBLISHED = "delete"
 """The repair of most published methods: none."""
@@ -173,6 +174,13 @@ def _data_free(request: Request) -> Pruned:
     )  # fmt: skip
 
 
+def _try_and_learn(request: Request) -> Pruned:
+    return try_and_learn(
+        request.trimmer, request.goal, request.methods.try_and_learn,
+        retraining=request.retraining, seed=request.seed, progress=request.progress,
+    )  # fmt: skip
+
+
 def _amc(request: Request) -> Pruned:
     return amc(
         request.trimmer, request.goal, request.methods.amc,
@@ -269,6 +277,13 @@ METHODS: dict[str, Method] = {
             "the channels that the next layers miss least after a least-squares repair leave",
             "ours",
             "least_squares",
+        ),
+        Method(
+            "try_and_learn",
+            "for each layer a policy looks at its filters and learns by trying which can go; the reward is ψ · φ",
+            "Huang, Zhou, You, Neumann 2018, arXiv 1801.07365",
+            _try_and_learn,
+            _serves_all,
         ),
         Method(
             "amc",

@@ -20,7 +20,7 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..envs.select import SelectFiltersEnv, SelectSettings, filter_rows
-from ..pruning.checks import check_seed, check_types
+from ..pruning.checks import check_seed
 from ..pruning.errors import UserError, closest
 from ..pruning.groups import ChannelGroup
 from ..pruning.heuristics.rounds import Decision, Goal, Pace, Pruned, prune_in_rounds
@@ -29,66 +29,7 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.trimmer import Subject, Trimmer
 from .filterwise import FilterwisePolicy, NormalisedReturns
 from .randomness import derive_seed, random_state_kept
-
-
-@dataclass(frozen=True)
-class TryAndLearnSettings:
-    """How try-and-learn proceeds.
-
-    Attributes:
-        accepted_drop: b of the reward, in (0, 1]: the accepted drop below the original's accuracy; 0.02 is two points.
-            None = that of the goal, or 0.02 where it has none.
-        evaluations: Networks that are cut, fine-tuned and scored for each layer; the last is the policy's own choice.
-        episodes_per_update: Of these, samples of one REINFORCE update, at least 2.
-        learning_rate: Of the policy (Adam), at the start of each layer; it falls linearly to a tenth.
-        entropy: Weight, at least 0, of the policy's entropy beside its rewards: without any, choices settle before the
-            last useless filters are found. The published method names none (0).
-        initial_keep: Probability, in (0, 1), with which an untrained policy keeps a filter.
-        hidden: Units of each layer of the policy, from 1.
-        fine_tune: Training updates inside an episode, before a network is scored; none where the retraining has no
-            updates either, so that what is tried is what is built.
-        updates_between: Optimizer steps after every layer but the last; -1 = an equal share of those for early rounds.
-        final_share: Share of all updates, in [0, 1], that is kept for the training after the last layer.
-        layers: Patterns such as "layer3.*"; only groups with a producer that matches one are decided, from the lowest
-            to the highest. Empty = all that may be cut.
-    """
-
-    accepted_drop: float | None = None
-    evaluations: int = 200
-    episodes_per_update: int = 5
-    learning_rate: float = 0.01
-    entropy: float = 0.03
-    initial_keep: float = 0.9
-    hidden: int = 128
-    fine_tune: int = 10
-    updates_between: int = -1
-    final_share: float = 0.5
-    layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse values of other types or outside their ranges."""
-        check_types(self)
-        SelectSettings(accepted_drop=self.drop_for(None), fine_tune=self.fine_tune)  # which know their ranges
-        if self.episodes_per_update < 2 or self.evaluations <= self.episodes_per_update:
-            raise UserError(
-                "episodes_per_update must be at least 2 and evaluations larger, but got "
-                f"{self.episodes_per_update} and {self.evaluations}; returns are normalised over one update"
-            )
-        if not self.learning_rate > 0 or not 0 < self.initial_keep < 1 or self.hidden < 1:
-            raise UserError(
-                "learning_rate must be positive, initial_keep in (0, 1) and hidden at least 1, but got "
-                f"{self.learning_rate}, {self.initial_keep} and {self.hidden}"
-            )
-        if self.entropy < 0 or self.updates_between < -1 or not 0 <= self.final_share <= 1:
-            raise UserError(
-                "entropy must be at least 0, updates_between at least -1 and final_share in [0, 1], but got "
-                f"{self.entropy}, {self.updates_between} and {self.final_share}"
-            )
-
-    def drop_for(self, goal: Goal | None) -> float:
-        """Return b: the settings' own, else the goal's, else 0.02."""
-        known = [self.accepted_drop, goal.accepted_drop if goal else None]
-        return next((drop for drop in known if drop is not None), 0.02)
+from .settings import TryAndLearnSettings
 
 
 @dataclass(frozen=True)

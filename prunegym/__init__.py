@@ -15,7 +15,8 @@ from prunegym.agent import (
     prune,
     search,
 )
-from prunegym.agent.try_and_learn import TryAndLearnResult, TryAndLearnSettings, try_and_learn
+from prunegym.agent.settings import TryAndLearnSettings
+from prunegym.agent.try_and_learn import TryAndLearnResult, try_and_learn
 from prunegym.envs import SelectFiltersEnv, SelectSettings, TrimEnv, TrimSettings
 from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, UserError
 from prunegym.pruning.artifact import load_pruned, save_pruned

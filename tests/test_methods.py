@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from prunegym.agent.methods import METHODS, PruneSettings, prune
-from prunegym.agent.settings import AmcSettings, MethodSettings
+from prunegym.agent.settings import AmcSettings, MethodSettings, TryAndLearnSettings
 from prunegym.envs.default_task import default_task
 from prunegym.pruning import (
     GroupSettings,
@@ -32,7 +32,9 @@ from torch import nn
 UPDATES = RetrainSettings(updates=8, batch_size=32, learning_rate=0.01)
 NONE = RetrainSettings()
 SERVING = [name for name in METHODS if name != "bn_scale"]  # the small LeNet has no batch norm
-FEW = MethodSettings(amc=AmcSettings(evaluations=12, warmup_episodes=4, candidates=2))
+FEW = MethodSettings(
+    amc=AmcSettings(evaluations=12, warmup_episodes=4, candidates=2), try_and_learn=TryAndLearnSettings(evaluations=12)
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from prunegym.agent.filterwise import FilterwisePolicy, NormalisedReturns
-from prunegym.agent.try_and_learn import TryAndLearnResult, TryAndLearnSettings, try_and_learn
+from prunegym.agent.settings import TryAndLearnSettings
+from prunegym.agent.try_and_learn import TryAndLearnResult, try_and_learn
 from prunegym.envs import SelectFiltersEnv, SelectSettings
 from prunegym.envs.default_task import default_task
 from prunegym.pruning import (
