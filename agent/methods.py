@@ -154,7 +154,7 @@ def prune(task: PruningTask, settings: PruneSettings, *, progress: Callable[[int
     if not method.needs_data and settings.compensation is None:
         repair = replace(repair, recalibration_images=0)
     retraining = settings.retraining.resolved(len(task.train))
-    trimmer = Trimmer(task, repair, settings.groups)
+    trimmer = Trimmer(task, repair, settings.groups, lean=True)
     method.check(task.network, trimmer.groups, settings.methods)
     with random_state_kept():
         return method.run(Request(trimmer, settings.goal, settings.methods, retraining, repair.seed, progress))

@@ -1,5 +1,6 @@
 """Seeds of single purposes, and the caller's random state given back."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,5 +23,7 @@ def random_state_kept() -> Iterator[None]:
 
 def derive_seed(root: int, purpose: str) -> int:
     """Return the seed of one purpose; different purposes never share random numbers."""
-    digest = int.from_bytes(purpose.encode()[:8].ljust(8, b"\0"), "little")
+    name = purpose.encode()
+    name = name.ljust(8, b"\0") if len(name) <= 8 else hashlib.sha256(name).digest()[:8]
+    digest = int.from_bytes(name, "little")
     return int(np.random.SeedSequence([root, digest]).generate_state(1)[0] % 2**31)

@@ -329,7 +329,7 @@ def _heuristics(trimmer: Trimmer, settings: SearchSettings, agent: Finalist, pro
     if trim.repair.compensation != "delete":
         variants.append(("network_trimming_repaired", "NT, repaired", trim.repair.compensation))
     for name, label, compensation in variants:
-        each = trimmer.with_settings(replace(trimmer.settings, criterion="apoz", compensation=compensation))
+        each = trimmer.with_settings(replace(trimmer.settings, criterion="apoz", compensation=compensation), lean=True)
         with progress.updates(label, max(1, retraining.updates)) as show:
             made = network_trimming(
                 each, Goal(budget, unit), settings.methods.network_trimming,

@@ -179,6 +179,8 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.trimmer = trimmer or Trimmer(task or default_task(), self.settings.repair, self.settings.groups)
         if self.trimmer.settings != self.settings.repair:
             raise UserError("a shared trimmer must have the environment's repair settings, but they differ")
+        if self.trimmer.lean and self.settings.observation == "full":
+            raise UserError('a shared trimmer must measure everything for observation "full", but it is lean')
         if self.trimmer.group_settings != self.settings.groups:
             raise UserError("a shared trimmer must have the environment's group settings, but they differ")
         model = self.trimmer.cost_model

@@ -4,6 +4,7 @@ One signature for all: `(group, context) -> (width,) scores`; the registry's one
 documentation users see.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -62,6 +63,8 @@ class Criterion:
         description: One sentence with its source.
         needs_relu: Whether it is undefined where no ReLU follows.
         needs_norm: Whether it is undefined where no batch norm with weights follows.
+        needs_gradients: Whether it reads statistics that only a backward pass tells.
+        needs_moments: Whether it reads the second moments of the layers' inputs.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Criterion:
     description: str
     needs_relu: bool = False
     needs_norm: bool = False
+    needs_gradients: bool = False
+    needs_moments: bool = False
 
 
 def _apoz(group: ChannelGroup, context: RankingContext) -> FloatArray:
@@ -156,7 +161,7 @@ def _data_free(group: ChannelGroup, context: RankingContext) -> FloatArray:
 
 def _random(group: ChannelGroup, context: RankingContext) -> FloatArray:
     """Uniform in [0, 1), from the seed and the group's name."""
-    digest = int.from_bytes(group.name.encode()[-8:].rjust(8, b"\0"), "little")
+    digest = int.from_bytes(hashlib.sha256(group.name.encode()).digest()[:8], "little")
     return np.random.default_rng([context.seed, digest]).random(group.width)
 
 
@@ -171,14 +176,29 @@ CRITERIA: dict[str, Criterion] = {
     for record in (
         Criterion("apoz", _apoz, "fewest zeros after the ReLU stay (Hu et al. 2016, APoZ)", needs_relu=True),
         Criterion("mean_activation", _mean_activation, "largest mean activation stays (Molchanov et al. 2017)"),
-        Criterion("taylor_2017", _taylor_2017, "largest |mean gradient × activation| stays (Molchanov et al. 2017)"),
-        Criterion("taylor_2019", _taylor_2019, "largest squared gradient × activation stays (Molchanov et al. 2019)"),
+        Criterion(
+            "taylor_2017",
+            _taylor_2017,
+            "largest |mean gradient × activation| stays (Molchanov et al. 2017)",
+            needs_gradients=True,
+        ),
+        Criterion(
+            "taylor_2019",
+            _taylor_2019,
+            "largest squared gradient × activation stays (Molchanov et al. 2019)",
+            needs_gradients=True,
+        ),
         Criterion("l1", _l1, "largest sum of absolute weights stays (Li et al. 2017)"),
         Criterion("l2", _l2, "largest Euclidean weight norm stays"),
         Criterion(
             "bn_scale", _bn_scale, "largest |γ| of the batch norm behind stays (Liu et al. 2017)", needs_norm=True
         ),
-        Criterion("least_squares", _least_squares, "greedy choice by what the next layers lose after repair (ours)"),
+        Criterion(
+            "least_squares",
+            _least_squares,
+            "greedy choice by what the next layers lose after repair (ours)",
+            needs_moments=True,
+        ),
         Criterion(
             "data_free", _data_free, "one of two nearly equal channels leaves, needs no data (Srinivas & Babu 2015)"
         ),

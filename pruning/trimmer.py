@@ -157,6 +157,8 @@ class Trimmer:
         settings: How cuts are chosen, repaired and scored.
         group_settings: Which groups may be cut, and to which widths. Plans may only name these groups; the widths are
             kept by whoever makes a plan, not demanded of a plan that is given.
+        lean: Whether only those statistics are measured that the criterion and the compensation read. An agent that
+            observes the network wants them all.
     """
 
     def __init__(
@@ -164,14 +166,17 @@ class Trimmer:
         task: PruningTask,
         settings: RepairSettings | None = None,
         group_settings: GroupSettings | None = None,
+        *,
+        lean: bool = False,
     ) -> None:
+        self.lean = lean
         self.task = task
         self.settings = settings or RepairSettings()
         self.group_settings = group_settings or GroupSettings()
 
-    def with_settings(self, settings: RepairSettings) -> "Trimmer":
+    def with_settings(self, settings: RepairSettings, *, lean: bool | None = None) -> "Trimmer":
         """Return a trimmer of the same task with other settings; the groups are not searched for again."""
-        other = Trimmer(self.task, settings, self.group_settings)
+        other = Trimmer(self.task, settings, self.group_settings, lean=self.lean if lean is None else lean)
         other.groups, other.cost_model = self.groups, self.cost_model
         return other
 
@@ -331,7 +336,12 @@ class Trimmer:
         return evaluate(network, self._batches(self.task.selection), self.task.metric)
 
     def _measure(self, network: nn.Module, groups: tuple[ChannelGroup, ...]) -> Statistics:
-        return measure(network, groups, self._batches(self.calibration))
+        gradients = grams = True
+        if self.lean:
+            criterion = get_criterion(self.settings.criterion)
+            gradients = criterion.needs_gradients
+            grams = criterion.needs_moments or get_compensation(self.settings.compensation).needs_data
+        return measure(network, groups, self._batches(self.calibration), gradients=gradients, grams=grams)
 
     def _batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(split.batches(self.settings.batch_size))
