@@ -9,8 +9,10 @@ Ours is the choice at the end: the best plans are scored again on the selection 
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..envs.action import make_action_rule
 from ..envs.reward import RewardSettings
 from ..envs.trim import TrimEnv, TrimSettings
+from ..pruning.cost import CostModel
 from ..pruning.errors import UserError
 from ..pruning.heuristics import Goal, PlanRecord, Provenance, Pruned
 from ..pruning.plan import PruningPlan
@@ -55,6 +57,7 @@ def amc(
     """
     settings = settings or AmcSettings()
     retraining = retraining.resolved(len(trimmer.task.train))
+    check_amc(trimmer.cost_model, goal, settings)
     trimmer = trimmer.with_settings(replace(trimmer.settings, criterion="l1"))
     search = as_search(trimmer, goal, settings, retraining, seed)
     history = _Counting(evaluated)
@@ -84,8 +87,20 @@ def amc(
     )
     widths = {group.name: group.width for group in trimmer.groups}
     return Pruned(
-        built.network, schedule, records, widths, stopped_by="accuracy" if goal.budget is None else "budget"
+        built.network, schedule, records, widths, stopped_by="search" if goal.budget is None else "budget"
     )  # fmt: skip
+
+
+def check_amc(model: CostModel, goal: Goal, settings: AmcSettings) -> None:
+    """Refuse a network with nothing to cut, and a budget that the largest trim cannot reach.
+
+    Raises:
+        UserError: Says what the largest trim leaves.
+    """
+    if (model.allowed.smallest(model.widths) == model.widths).all():
+        raise UserError("amc found no channel that may leave; allow narrower widths, or more groups")
+    rule = make_action_rule("ratio", model, score_scale=1.0, largest_trim=settings.largest_trim)
+    rule.check(goal.budget, goal.unit)
 
 
 def as_search(

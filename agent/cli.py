@@ -112,34 +112,39 @@ def prune_command(arguments: list[str]) -> int:
     config, settings = options.config, options.settings
     method = get_method(settings.method)
     progress = Progress(enabled=True)
-    name = f"{config.name}-{method.name}"
-    run = RunFolder.create(config.output) if config.output else RunFolder.next_free(name)
+    run = RunFolder.create(config.output) if config.output else RunFolder.next_free(f"{config.name}-{method.name}")
     root = config.search.seed
     seeds = {"root": root, **{each: derive_seed(root, each) for each in ("task", "repair")}}
     try:
         run.write_start(config_text(dataclasses.asdict(config)), ["prunegym", "prune", *arguments], seeds)
         task = load_task(config, progress, check=lambda network, one: check_method(network, one, settings))
         progress.say(f"run folder: {run.path}")
-        with progress.updates(method.name, max(1, settings.retraining.resolved(len(task.train)).updates)) as show:
-            made = prune(task, settings, progress=show)
+        updates = max(1, settings.retraining.resolved(len(task.train)).updates)
+        with progress.updates(method.name, updates) as show, progress.tries(method.name) as tell:
+            made = prune(task, settings, progress=show, evaluated=tell)
     except (Exception, KeyboardInterrupt):
         run.discard()
         raise
-    trimmer = Trimmer(task, made.schedule.repair, settings.groups)
     built = Built(made.network, made.schedule, made.rounds)
-    finalists = [original(trimmer), finalist(trimmer, built, method.name, method.name)]
-    read_test_split(trimmer, finalists)
     run.write_base(task)
     run.write_built(task, built)
-    told = (task, method, settings, made, finalists)
-    run.write_figures(prune_report.results(*told), prune_report.markdown(*told))
+    try:
+        trimmer = Trimmer(task, made.schedule.repair, settings.groups)
+        finalists = [original(trimmer), finalist(trimmer, built, method.name, method.name)]
+        read_test_split(trimmer, finalists)
+        told = (task, method, settings, made, finalists)
+        run.write_figures(prune_report.results(*told), prune_report.markdown(*told))
+    except KeyboardInterrupt:
+        progress.say(f"interrupted before the report; the network is kept: prunegym apply {run.path}")
+        raise
     console = Console(highlight=False)
     console.width = max(80, console.width)
     console.print()
-    heading = prune_report.title(task, method, settings, made.schedule.repair.compensation)
+    heading = prune_report.title(task, settings, made.schedule.repair.compensation)
     console.print(heading, style="bold", soft_wrap=True, markup=False)
     console.print(prune_report.console_table(made, finalists[0].cost))
-    for line in [prune_report.ending(made), *prune_report.finish_lines(finalists)]:
+    whole = finalists[0].cost
+    for line in [prune_report.ending(made, settings, whole), *prune_report.finish_lines(finalists)]:
         console.print(line, soft_wrap=True, markup=False)
     line = f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)"
     console.print(line, soft_wrap=True, markup=False)

@@ -17,9 +17,13 @@ from ..pruning.groups import ChannelGroup
 from ..pruning.heuristics import (
     Goal,
     Pruned,
+    RankingSettings,
+    check_floor,
     check_mergeable,
+    check_reach,
     check_rectified,
     check_serves,
+    check_targets,
     data_free,
     network_trimming,
     rank_and_cut,
@@ -28,10 +32,10 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Trimmer
 from ..pruning.widths import GroupSettings
-from .amc import amc
+from .amc import amc, check_amc
 from .randomness import derive_seed, random_state_kept
 from .settings import MethodSettings
-from .try_and_learn import try_and_learn
+from .try_and_learn import check_layers, try_and_learn
 
 PUBLISHED = "delete"
 """The repair of most published methods: none."""
@@ -46,7 +50,8 @@ class PruneSettings:
         budget: Share of the cost to keep, in (0, 1]; None with `accepted_drop` = only the accuracy counts.
         budget_unit: "macs" or "params".
         accepted_drop: Accuracy on the reward images, in [0, 1], that may be lost; None = only the budget counts.
-        compensation: Repair after each cut, see `compensation.COMPENSATIONS`; None = as the method was published.
+        compensation: Repair after each cut, see `compensation.COMPENSATIONS`, "none" = "delete"; None = as the method
+            was published.
         repair: Calibration, recalibration and scoring; which channels leave is the method's choice.
         retraining: Training over all rounds: `updates` (or epochs) is the total.
         groups: Which groups may be cut, and to which widths.
@@ -70,6 +75,8 @@ class PruneSettings:
         check_types(self)
         check_seed(self.seed)
         get_method(self.method)
+        if self.compensation == "none":
+            object.__setattr__(self, "compensation", "delete")
         if self.compensation is not None:
             get_compensation(self.compensation)
         Goal(self.budget, self.budget_unit, self.accepted_drop)
@@ -89,8 +96,9 @@ class Request:
         goal: Where to end.
         methods: How each method proceeds.
         retraining: Total over all rounds.
-        seed: Of the retraining and of whatever else is drawn.
+        seed: Of the retraining and of whatever else is drawn; derived from the root seed.
         progress: Called with the number of optimizer steps done so far, or None.
+        evaluated: Called with the number of networks that a learning method has scored so far, or None.
     """
 
     trimmer: Trimmer
@@ -99,10 +107,26 @@ class Request:
     retraining: RetrainSettings
     seed: int
     progress: Callable[[int], None] | None = None
+    evaluated: Callable[[int], None] | None = None
 
 
-Check = Callable[[nn.Module, Sequence[ChannelGroup], MethodSettings], None]
-"""Refuses a network that a method cannot serve; its weights do not matter."""
+@dataclass(frozen=True, eq=False)
+class Prospect:
+    """What is known before anything is trained or measured.
+
+    Attributes:
+        network: Its weights do not matter.
+        groups: Its channel groups.
+        model: Its cost.
+        goal: Where to end.
+        methods: How each method proceeds.
+    """
+
+    network: nn.Module
+    groups: Sequence[ChannelGroup]
+    model: CostModel
+    goal: Goal
+    methods: MethodSettings
 
 
 @dataclass(frozen=True)
@@ -115,7 +139,8 @@ class Method:
         source: The paper.
         run: Makes the plans.
         compensation: Repair after a cut, as published.
-        check: Refuses, before anything is trained or measured, a network that the method cannot serve.
+        check: Refuses, before anything is trained or measured, a network that the method cannot serve, and a goal that
+            is out of its reach.
         needs_data: Whether the plans depend on data; one that needs none leaves the batch norm alone, too.
     """
 
@@ -123,18 +148,25 @@ class Method:
     description: str
     source: str
     run: Callable[[Request], Pruned]
-    check: Check
+    check: Callable[[Prospect], None]
     compensation: str = PUBLISHED
     needs_data: bool = True
 
 
-def prune(task: PruningTask, settings: PruneSettings, *, progress: Callable[[int], None] | None = None) -> Pruned:
+def prune(
+    task: PruningTask,
+    settings: PruneSettings,
+    *,
+    progress: Callable[[int], None] | None = None,
+    evaluated: Callable[[int], None] | None = None,
+) -> Pruned:
     """Prune a task by one method, without or with learning, as `settings` say.
 
     Args:
         task: Network and data; the network is not changed.
         settings: Method, goal and everything else.
         progress: Called with the number of retraining updates done so far.
+        evaluated: Called with the number of networks that a learning method has scored so far.
 
     Returns:
         The list of plans, one for each round, each with its provenance and scores; also the schedule that replays
@@ -151,13 +183,17 @@ def prune(task: PruningTask, settings: PruneSettings, *, progress: Callable[[int
         compensation=settings.compensation or method.compensation,
         seed=derive_seed(settings.seed, "repair"),
     )
-    if not method.needs_data and settings.compensation is None:
+    if not method.needs_data and not get_compensation(repair.compensation).needs_data:
         repair = replace(repair, recalibration_images=0)
     retraining = settings.retraining.resolved(len(task.train))
     trimmer = Trimmer(task, repair, settings.groups, lean=True)
-    method.check(task.network, trimmer.groups, settings.methods)
+    method.check(Prospect(task.network, trimmer.groups, trimmer.cost_model, settings.goal, settings.methods))
     with random_state_kept():
-        return method.run(Request(trimmer, settings.goal, settings.methods, retraining, repair.seed, progress))
+        made = method.run(
+            Request(trimmer, settings.goal, settings.methods, retraining, repair.seed, progress, evaluated)
+        )
+    records = tuple(replace(item, provenance=replace(item.provenance, seed=settings.seed)) for item in made.records)
+    return replace(made, records=records)
 
 
 def _network_trimming(request: Request) -> Pruned:
@@ -176,46 +212,57 @@ def _data_free(request: Request) -> Pruned:
 
 def _try_and_learn(request: Request) -> Pruned:
     return try_and_learn(
-        request.trimmer, request.goal, request.methods.try_and_learn,
-        retraining=request.retraining, seed=request.seed, progress=request.progress,
+        request.trimmer, request.goal, request.methods.try_and_learn, retraining=request.retraining,
+        seed=request.seed, progress=request.progress, evaluated=request.evaluated,
     )  # fmt: skip
 
 
 def _amc(request: Request) -> Pruned:
     return amc(
-        request.trimmer, request.goal, request.methods.amc,
-        retraining=request.retraining, seed=request.seed, progress=request.progress,
+        request.trimmer, request.goal, request.methods.amc, retraining=request.retraining,
+        seed=request.seed, progress=request.progress, evaluated=request.evaluated,
     )  # fmt: skip
 
 
 def _ranking(criterion: str) -> Callable[[Request], Pruned]:
     def run(request: Request) -> Pruned:
-        own = request.methods.taylor if criterion.startswith("taylor") else request.methods.ranking
         return rank_and_cut(
-            request.trimmer, request.goal, own, criterion=criterion,
+            request.trimmer, request.goal, _ranking_settings(criterion, request.methods), criterion=criterion,
             retraining=request.retraining, seed=request.seed, progress=request.progress,
         )  # fmt: skip
 
     return run
 
 
-def _check_ranking(criterion: str) -> Check:
-    def check(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
-        check_serves(groups, criterion)
+def _check_ranking(criterion: str) -> Callable[[Prospect], None]:
+    def check(prospect: Prospect) -> None:
+        check_serves(prospect.groups, criterion)
+        check_floor(prospect.model, prospect.goal, _ranking_settings(criterion, prospect.methods))
 
     return check
 
 
-def _check_rectified(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
-    check_rectified(groups)
+def _ranking_settings(criterion: str, methods: MethodSettings) -> RankingSettings:
+    return methods.taylor if criterion.startswith("taylor") else methods.ranking
 
 
-def _check_mergeable(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
-    check_mergeable(network, groups, methods.data_free)
+def _check_rectified(prospect: Prospect) -> None:
+    check_rectified(prospect.groups)
+    check_targets(prospect.model, prospect.groups, prospect.goal, prospect.methods.network_trimming)
 
 
-def _serves_all(network: nn.Module, groups: Sequence[ChannelGroup], methods: MethodSettings) -> None:
-    """Refuse nothing."""
+def _check_mergeable(prospect: Prospect) -> None:
+    own = prospect.methods.data_free
+    check_mergeable(prospect.network, prospect.groups, own)
+    check_reach(prospect.model, prospect.network, prospect.groups, prospect.goal, own)
+
+
+def _check_layers(prospect: Prospect) -> None:
+    check_layers(prospect.model, prospect.groups, prospect.goal, prospect.methods.try_and_learn)
+
+
+def _check_amc(prospect: Prospect) -> None:
+    check_amc(prospect.model, prospect.goal, prospect.methods.amc)
 
 
 def _by_rank(criterion: str, description: str, source: str, compensation: str = PUBLISHED) -> Method:
@@ -283,14 +330,14 @@ METHODS: dict[str, Method] = {
             "for each layer a policy looks at its filters and learns by trying which can go; the reward is ψ · φ",
             "Huang, Zhou, You, Neumann 2018, arXiv 1801.07365",
             _try_and_learn,
-            _serves_all,
+            _check_layers,
         ),
         Method(
             "amc",
             "a DDPG agent walks the layers and says how much of each stays",
             "He, Lin, Liu, Wang, Li, Han 2018, arXiv 1802.03494",
             _amc,
-            _serves_all,
+            _check_amc,
             compensation="least_squares",
         ),
         _by_rank("random", "channels leave at random: the control", "a control"),
@@ -311,9 +358,17 @@ def check_method(network: nn.Module, example: Tensor, settings: PruneSettings) -
     """
     chosen = settings.groups
     groups = find_groups(network, example, include=chosen.include, ignore=chosen.ignore)
+    model = CostModel(network, groups, example, chosen)
     if settings.budget is not None:
-        CostModel(network, groups, example, chosen).check_budget(settings.budget, settings.budget_unit)
-    get_method(settings.method).check(network, groups, settings.methods)
+        model.check_budget(settings.budget, settings.budget_unit)
+    get_method(settings.method).check(Prospect(network, groups, model, settings.goal, settings.methods))
+
+
+def published_repair(settings: PruneSettings) -> str:
+    """Return the compensation that a method was published with."""
+    if settings.method == "data_free" and not settings.methods.data_free.bias:
+        return "data_free_weights"
+    return get_method(settings.method).compensation
 
 
 def get_method(name: str) -> Method:

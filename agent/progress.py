@@ -47,6 +47,23 @@ class Progress:
                 bar.close()
 
     @contextmanager
+    def tries(self, label: str) -> Iterator[Callable[[int], None]]:
+        """Show how many networks were scored, if any are; yields a function that takes the number."""
+        bar: Any = None
+
+        def show(done: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = self._bar(label, None, "eval")
+            bar.update(done - bar.n)
+
+        try:
+            yield show
+        finally:
+            if bar is not None:
+                bar.close()
+
+    @contextmanager
     def evaluations(self, label: str, total: int) -> Iterator[Callable[[History], None]]:
         """Show a bar of evaluations with the best accuracy so far; yields a function that takes the history."""
         with self._bar(label, total, "eval") as bar:

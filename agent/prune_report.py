@@ -12,7 +12,7 @@ from ..pruning.cost import Cost
 from ..pruning.heuristics import PlanRecord, Pruned
 from ..pruning.task import PruningTask
 from .finalists import Finalist
-from .methods import Method, PruneSettings
+from .methods import Method, PruneSettings, published_repair
 from .report import markdown_table, short_count
 
 MOST_ROWS = 24
@@ -38,27 +38,36 @@ def console_table(made: Pruned, whole: Cost) -> Table:
     return table
 
 
-def title(task: PruningTask, method: Method, settings: PruneSettings, compensation: str) -> str:
+def title(task: PruningTask, settings: PruneSettings, compensation: str) -> str:
     """Name method, task and goal."""
     goals = []
     if settings.budget is not None:
-        goals.append(f"budget {settings.budget:.1%} of the {settings.budget_unit}")
+        goals.append(f"budget {100 * settings.budget:.3g} % of the {settings.budget_unit}")
     if settings.accepted_drop is not None:
         goals.append(f"at most {100 * settings.accepted_drop:g} points accepted")
-    published = "as published" if compensation == method.compensation else "not the published one"
-    return f"{method.name} on {task.name}, {', '.join(goals)}; repair {compensation} ({published})"
+    published = "as published" if compensation == published_repair(settings) else "not the published one"
+    return f"{settings.method} on {task.name}, {', '.join(goals)}; repair {compensation} ({published})"
 
 
-def ending(made: Pruned) -> str:
-    """Say in one sentence why the method ended."""
+def ending(made: Pruned, settings: PruneSettings, whole: Cost) -> str:
+    """Say in one sentence why the method ended, and where a budget was not met."""
     reason = {
         "budget": "the budget is met",
         "accuracy": "another round would have lost more than accepted",
         "rounds": "all rounds that were allowed are made",
         "rule": "no further channel may leave",
+        "search": "the learner's evaluations are spent",
     }[made.stopped_by]
     forced = "; in the last round the method's own rule gave way, to reach the budget" if made.forced else ""
-    return f"{len(made)} round{'s' * (len(made) > 1)}: {reason}{forced}."
+    unit = settings.budget_unit
+    share = made[-1].built.cost.of(unit) / whole.of(unit)
+    missed = ""
+    if settings.budget is not None and share > settings.budget:
+        missed = (
+            f"; the budget is NOT met: {100 * share:.3g} % of the {unit} are left instead of "
+            f"{100 * settings.budget:.3g} %"
+        )
+    return f"{len(made)} round{'s' * (len(made) > 1)}: {reason}{forced}{missed}."
 
 
 def finish_lines(finalists: Sequence[Finalist]) -> list[str]:
@@ -82,13 +91,13 @@ def markdown(
     headers, rows = round_rows(made, finalists[0].cost)
     return "\n".join(
         [
-            f"# {title(task, method, settings, compensation)}",
+            f"# {title(task, settings, compensation)}",
             "",
             f"{method.name}: {method.description} ({method.source}).",
             "",
             *markdown_table(headers, rows),
             "",
-            ending(made),
+            ending(made, settings, finalists[0].cost),
             *finish_lines(finalists),
             "",
             f"- *after the cut*, *after training*: accuracy on the reward images, in percent ({len(task.reward):,} in "
@@ -140,6 +149,7 @@ def results(
         "budget_unit": settings.budget_unit,
         "accepted_drop": settings.accepted_drop,
         "seed": settings.seed,
+        "settings": dataclasses.asdict(settings),
         "stopped_by": made.stopped_by,
         "plans": [_plain(record) for record in made],
         "mean_apoz": list(made.mean_apoz),

@@ -43,9 +43,11 @@ class RunFolder:
 
     Attributes:
         path: The folder; it exists.
+        made_here: Whether it was not there before.
     """
 
     path: Path
+    made_here: bool = True
 
     @classmethod
     def create(cls, path: str | Path) -> "RunFolder":
@@ -57,13 +59,14 @@ class RunFolder:
         folder = Path(path)
         if "\0" in str(path):
             raise UserError(f"a run folder's name may not hold a zero byte, but got {str(path)!r}")
+        there = folder.is_dir()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise UserError(f"a run needs an empty folder, but {folder} holds files; choose another --output")
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from error
-        return cls(folder)
+        return cls(folder, not there)
 
     @classmethod
     def next_free(cls, name: str, root: str | Path = "runs") -> "RunFolder":
@@ -87,10 +90,10 @@ class RunFolder:
         return cls(folder)
 
     def discard(self) -> None:
-        """Remove what `write_start` wrote, and the folder if it is empty then."""
+        """Remove what `write_start` wrote, and the folder if it was made here and is empty then."""
         for name in STARTED:
             (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        if self.made_here and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def write_start(

@@ -9,7 +9,7 @@ action of all tried is taken, the exact stop at a budget, and that a layer stays
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -21,9 +21,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from ..envs.select import SelectFiltersEnv, SelectSettings, filter_rows
 from ..pruning.checks import check_seed
+from ..pruning.cost import CostModel
 from ..pruning.errors import UserError, closest
 from ..pruning.groups import ChannelGroup
-from ..pruning.heuristics.rounds import Decision, Goal, Pace, Pruned, prune_in_rounds
+from ..pruning.heuristics.plans import Goal, Pruned
+from ..pruning.heuristics.rounds import Decision, Pace, prune_in_rounds
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
 from ..pruning.trimmer import Subject, Trimmer
@@ -104,8 +106,7 @@ def try_and_learn(
     settings = settings or TryAndLearnSettings()
     settings = replace(settings, accepted_drop=settings.drop_for(goal))
     retraining = retraining.resolved(len(trimmer.task.train))
-    order = _layers(trimmer.groups, settings.layers)
-    _check_reach(trimmer, order, goal)
+    order = check_layers(trimmer.cost_model, trimmer.groups, goal, settings)
     rule = _LayerByLayer(trimmer, order, goal, settings, retraining, seed, evaluated)
     early = int(retraining.updates * (1 - settings.final_share))
     between = early // max(1, len(order) - 1) if settings.updates_between < 0 else settings.updates_between
@@ -271,7 +272,7 @@ def _reward(info: dict[str, Any]) -> float:
     return float(info["reward_terms"]["psi_phi"])
 
 
-def _layers(groups: tuple[ChannelGroup, ...], patterns: tuple[str, ...]) -> list[str]:
+def _layers(groups: Sequence[ChannelGroup], patterns: tuple[str, ...]) -> list[str]:
     """Return the names of the groups to decide, from the lowest layer to the highest."""
     known = [layer for group in groups for layer in group.producers]
     for pattern in patterns:
@@ -286,11 +287,20 @@ def _layers(groups: tuple[ChannelGroup, ...], patterns: tuple[str, ...]) -> list
     ]
 
 
-def _check_reach(trimmer: Trimmer, order: list[str], goal: Goal) -> None:
-    """Refuse a budget that the layers cannot reach."""
+def check_layers(
+    model: CostModel,
+    groups: Sequence[ChannelGroup],
+    goal: Goal,
+    settings: TryAndLearnSettings,
+) -> list[str]:
+    """Return the names of the groups to decide, low to high; refuse a budget that they cannot reach.
+
+    Raises:
+        UserError: A pattern matches nothing, or the budget is out of reach; what the layers reach is named.
+    """
+    order = _layers(groups, settings.layers)
     if goal.budget is None:
-        return
-    model = trimmer.cost_model
+        return order
     model.check_budget(goal.budget, goal.unit)
     smallest = model.allowed.smallest(model.widths)
     least = {name: int(count) for name, count in zip(model.names, smallest, strict=True) if name in order}
@@ -301,3 +311,4 @@ def _check_reach(trimmer: Trimmer, order: list[str], goal: Goal) -> None:
             f"the budget must be reachable by the layers, but {wording.narrowest} in each still costs {reached:.4f} of "
             f"the {goal.unit}{wording.limits}; the budget is {goal.budget}"
         )
+    return order

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prunegym.agent.methods import METHODS, PruneSettings, prune
+from prunegym.agent.methods import METHODS, PruneSettings, check_method, prune
 from prunegym.agent.settings import AmcSettings, MethodSettings, TryAndLearnSettings
+from prunegym.envs import TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.pruning import (
     GroupSettings,
     PruningPlan,
     PruningTask,
+    RepairSettings,
     Trimmer,
     UserError,
     apply_plan,
@@ -21,12 +23,23 @@ from prunegym.pruning import (
     compensate,
     count_cost,
     find_groups,
+    measure,
     shrink_groups,
 )
+from prunegym.pruning.criteria import CRITERIA, RankingContext
 from prunegym.pruning.data import TensorSplit
-from prunegym.pruning.heuristics import DataFreeSettings, Goal, Pruned, RankingSettings, rank_and_cut
+from prunegym.pruning.groups import ChannelGroup
+from prunegym.pruning.heuristics import (
+    DataFreeSettings,
+    Goal,
+    NetworkTrimmingSettings,
+    Pruned,
+    RankingSettings,
+    rank_and_cut,
+)
 from prunegym.pruning.retraining import RetrainSettings
 from prunegym.pruning.saliency import cut_off, merge_problem, merge_sequence
+from prunegym.pruning.statistics import Statistics
 from torch import nn
 
 UPDATES = RetrainSettings(updates=8, batch_size=32, learning_rate=0.01)
@@ -82,9 +95,79 @@ def test_a_method_replays_bit_for_bit(method: str, task: PruningTask) -> None:
 def test_a_method_stops_at_an_accepted_drop(method: str, task: PruningTask) -> None:
     made = pruned(task, method, budget=None, accepted_drop=0.1)
     base = Trimmer(task, made.schedule.repair).baseline.accuracy
-    assert made.stopped_by in ("accuracy", "rounds", "rule")
+    assert made.stopped_by in ("accuracy", "rule", "search" if method == "amc" else "rounds")
     assert all(base - entry.after_retraining.accuracy <= 0.1 for entry in made.rounds)
     assert made.rounds[-1].cost.params < count_cost(task.network, task.example).params
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5])
+@pytest.mark.parametrize("method", ["network_trimming", "l1", "taylor_2017"])
+def test_the_delivered_network_keeps_to_the_accepted_drop(method: str, rate: float, task: PruningTask) -> None:
+    """Also where the training that closes the run ruins the network; and where training is what makes room."""
+    retraining = replace(UPDATES, updates=60, learning_rate=rate, clip_norm=0.0)
+    made = pruned(task, method, budget=None, accepted_drop=0.03, retraining=retraining)
+    trimmer = Trimmer(task, made.schedule.repair)
+    accuracy = trimmer.score(made.network).accuracy
+    assert trimmer.baseline.accuracy - accuracy <= 0.03
+    assert accuracy == made[-1].built.after_retraining.accuracy
+    assert same_weights(build(trimmer, made.schedule).network, made.network)
+    assert sum(record.provenance.retrain_updates for record in made) == made.schedule.retrain_updates <= 60
+
+
+def test_training_makes_room_under_an_accuracy_floor(task: PruningTask) -> None:
+    free = pruned(task, "l1", budget=None, accepted_drop=0.02)
+    trained = pruned(task, "l1", budget=None, accepted_drop=0.02, retraining=replace(UPDATES, updates=100))
+    assert trained[-1].built.cost.params < 0.7 * free[-1].built.cost.params
+    assert trained.schedule.retrain_updates == 100
+
+
+def test_a_floor_is_approached_in_tenths_of_what_can_be_cut(task: PruningTask) -> None:
+    """fc1 holds hardly any MACs: a tenth of all of them would be more than there is."""
+    made = pruned(task, "l1", budget=None, budget_unit="macs", accepted_drop=0.9, groups=GroupSettings(include="fc1"))
+    widths = [record.plan.counts["fc1"] for record in made]
+    assert widths[0] in (57, 58)  # 1 + 0.9 · 63, rounded down within the budget
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] == 1
+
+
+def test_the_recorded_apoz_is_that_of_the_delivered_network(task: PruningTask) -> None:
+    retraining = replace(UPDATES, updates=60, learning_rate=0.05)
+    made = pruned(task, "network_trimming", budget=None, accepted_drop=0.05, retraining=retraining)
+    trimmer = Trimmer(task, made.schedule.repair)
+    groups = find_groups(made.network, task.example)
+    found = measure(made.network, groups, trimmer.calibration.batches(100))
+    for name, recorded in made.mean_apoz[-1].items():
+        apoz = found.groups[name].apoz
+        assert apoz is not None
+        assert recorded == pytest.approx(apoz.mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("drop", [None, 0.03])
+def test_progress_only_grows(drop: float | None, task: PruningTask) -> None:
+    seen: list[int] = []
+    settings = PruneSettings(
+        "l1", budget=0.1 if drop is None else None, budget_unit="params", accepted_drop=drop,
+        retraining=replace(UPDATES, updates=60),
+    )  # fmt: skip
+    prune(task, settings, progress=seen.append)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 60
+
+
+def test_a_ranking_measures_only_what_it_reads(task: PruningTask) -> None:
+    trimmer = Trimmer(task, RepairSettings(criterion="l1", compensation="delete"), lean=True)
+    lean = trimmer.pristine.statistics
+    assert lean.groups["fc1"].taylor_2017 is None
+    assert not lean.consumers
+    assert trimmer.with_settings(RepairSettings("taylor_2017", "fold_mean")).pristine.statistics.consumers
+    whole = Trimmer(task, RepairSettings(criterion="l1", compensation="delete"))
+    assert rank_order(trimmer) == rank_order(whole)
+    with pytest.raises(UserError, match='must measure everything for observation "full"'):
+        TrimEnv(task, TrimSettings(repair=trimmer.settings), trimmer=trimmer)
+
+
+def rank_order(trimmer: Trimmer) -> dict[str, list[int]]:
+    return {name: order.tolist() for name, order in trimmer.pristine.orders.items()}
 
 
 @pytest.mark.parametrize("method", SERVING)
@@ -155,6 +238,15 @@ def test_rounds_approach_the_budget_by_equal_factors(task: PruningTask) -> None:
     assert all(share > 0.8 * 0.5**place for share, place in zip(shares, (1, 2, 3), strict=True))
 
 
+def test_the_random_control_treats_layers_of_like_names_independently() -> None:
+    names = [f"layer{stage}.0.conv1" for stage in range(1, 9)]
+    criterion = CRITERIA["random"]
+    groups = [ChannelGroup(name, 16, (), (), (), (), ()) for name in names]
+    context = RankingContext(nn.Identity(), Statistics({}, {}, 1, 0.0), seed=3)
+    orders = {tuple(np.argsort(criterion.score(group, context))) for group in groups}
+    assert len(orders) == len(names)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 def test_a_method_that_cannot_serve_names_the_alternatives(task: PruningTask) -> None:
     torch.manual_seed(0)
@@ -177,6 +269,13 @@ def test_bad_requests(task: PruningTask) -> None:
         PruneSettings(compensation="none_at_all")
     with pytest.raises(UserError, match=r"lost \d+\.\d\d points in its first round, more than the accepted 0;"):
         pruned(task, "random", budget=0.05, accepted_drop=0.0, methods=MethodSettings(ranking=RankingSettings()))
+    narrow = MethodSettings(ranking=RankingSettings("global", narrowest=0.5))
+    with pytest.raises(UserError, match=r"narrowest 0.5 every group .* still costs 0\.\d+ of the params"):
+        pruned(task, "l1", budget=0.1, methods=narrow)
+    unknown = PruneSettings(methods=MethodSettings(NetworkTrimmingSettings(targets=("convx",))))
+    with pytest.raises(UserError, match="got 'convx'; did you mean 'conv2'"):
+        check_method(task.network, task.example, unknown)
+    assert PruneSettings(compensation="none").compensation == "delete"
     with pytest.raises(UserError, match="prune needs a PruningTask, but got Linear"):
         prune(nn.Linear(2, 2), PruneSettings())  # type: ignore[arg-type]
 
@@ -246,6 +345,34 @@ def test_data_free_merges_one_layer_after_another(mlp: PruningTask) -> None:
         compensate(smaller, network, groups, plan, None, "data_free")
         network, groups = smaller, shrink_groups(groups, plan)
     assert same_weights(network, made.network)
+
+
+def test_data_free_reads_no_label_and_leaves_a_layer_of_one_neuron_alone(task: PruningTask) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 1), nn.ReLU(), nn.Linear(1, 12), nn.ReLU(), nn.Linear(12, 10))
+    labels = task.reward.labels.flip(0)
+    one, other = (
+        PruningTask(network, task.train, (task.reward.images, each), task.selection, task.test)
+        for each in (task.reward.labels, labels)
+    )
+    plans = [pruned(each, "data_free", budget=0.93)[-1].plan for each in (one, other)]
+    assert plans[0] == plans[1]
+    assert plans[0].counts["1"] == 1
+    assert plans[0].counts["3"] < 12
+
+
+@pytest.mark.parametrize("compensation", [None, "data_free", "delete"])
+def test_data_free_repairs_leave_batch_norm_alone(compensation: str | None, task: PruningTask) -> None:
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(6, 10),
+    )  # fmt: skip
+    norm = PruningTask(network, task.train, task.reward, task.selection, task.test)
+    settings = MethodSettings(data_free=DataFreeSettings(layers="all"))
+    made = pruned(norm, "data_free", budget=0.7, methods=settings, compensation=compensation)
+    assert made.schedule.repair.recalibration_images == 0
+    assert made[0].provenance.seed == 0
 
 
 def test_data_free_by_the_weights_alone_merges_by_them_too(mlp: PruningTask) -> None:

@@ -41,7 +41,7 @@ def test_every_method_is_listed_with_its_source(capsys: pytest.CaptureFixture[st
 def test_a_run_leaves_everything_needed_to_load_and_replay(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", "--method", "network_trimming", *QUICK, "--budget", "0.3"]) == 0
     printed = capsys.readouterr().out
-    assert "network_trimming on lenet_small on digits, budget 30.0% of the params;" in printed
+    assert "network_trimming on lenet_small on digits, budget 30 % of the params;" in printed
     assert "the budget is met" in printed
     told = results("quickstart-network_trimming-1")
     assert (told["method"], told["budget"], told["stopped_by"]) == ("network_trimming", 0.3, "budget")
@@ -87,11 +87,52 @@ def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown option --search.methods.taylr" in refused(
         capsys, "--method", "l1", *QUICK, "--search.methods.taylr.rounds", "3"
     )
+    assert "unknown option --methd; did you mean --method?" in refused(capsys, "--methd", "l1", *QUICK)
+    assert "--method may be given once, but it is there 2 times" in refused(
+        capsys, "--method", "l1", "--method", "l2", *QUICK
+    )
+    assert "--max_evaluations is an option of a search that prune does not read; use" in refused(
+        capsys, "--method", "amc", *QUICK, "--max_evaluations", "9"
+    )
+    assert "does not read; use --compensation" in refused(
+        capsys, "--method", "l1", *QUICK, "--search.trim.repair.compensation", "merge"
+    )
     assert "rounds >= 1" in refused(capsys, "--method", "l1", *QUICK, "--search.methods.ranking.rounds", "0")
     assert "needs a batch norm with weights behind every channel group" in refused(
         capsys, "--method", "bn_scale", *QUICK
     )
     assert not list(Path("runs").glob("*")) if Path("runs").exists() else True
+
+
+def test_a_refused_run_leaves_the_users_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    refused(capsys, "--method", "bn_scale", *QUICK, "--output", "mine")
+    assert list(Path("mine").iterdir()) == []
+
+
+def test_a_goal_out_of_reach_is_refused_before_any_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "merging in fc1, but one channel in each still costs" in refused(
+        capsys, "--method", "data_free", *QUICK, "--budget", "0.05"
+    )
+    assert not list((tmp_path / "cache").glob("**/*.safetensors"))
+
+
+def test_an_interrupt_before_the_report_keeps_the_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunegym.agent.cli.read_test_split", interrupt)
+    assert main(["prune", "--method", "l1", *QUICK, "--budget", "0.4", "--output", "kept"]) == 130
+    assert "the network is kept: prunegym apply kept" in capsys.readouterr().out
+    assert load_pruned("kept") is not None
+
+
+def test_a_budget_that_is_not_met_is_said() -> None:
+    settings = ["--search.methods.data_free.stop", "mode", "--compensation", "none"]
+    assert main(["prune", "--method", "data_free", *QUICK, "--budget", "0.3", *settings]) == 0
+    assert "the budget is NOT met" in Path("runs/quickstart-data_free-1/report.md").read_text()
 
 
 def test_the_settings_of_a_method_are_options() -> None:

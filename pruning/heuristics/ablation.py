@@ -31,7 +31,7 @@ def train_from_scratch(trimmer: Trimmer, plan: PruningPlan, retraining: RetrainS
         UserError: A layer with parameters of its own has no `reset_parameters`, so that its weights would stay.
     """
     network = apply_plan(trimmer.task.network, trimmer.groups, plan)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         forget(network)
     made = Trimmed(
@@ -46,7 +46,10 @@ def forget(network: nn.Module) -> None:
         own = next(module.parameters(recurse=False), None)
         reset = getattr(module, "reset_parameters", None)
         if own is not None and reset is None:
-            raise UserError(f"{name or 'the network'} ({type(module).__name__}) has parameters but no reset_parameters")
+            raise UserError(
+                f"{name or 'the network'} ({type(module).__name__}) has parameters but no reset_parameters; "
+                "add one that draws them"
+            )
         if reset is not None:
             reset()
 

@@ -5,7 +5,6 @@ linear layers; see `saliency` for the formulas and for our extension to convolut
 several layers share a budget: the next merge is the one of smallest saliency, each layer's scaled by its own safe one.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +12,16 @@ import numpy as np
 from torch import nn
 
 from ..checks import check_types
+from ..cost import CostModel
 from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..saliency import MergeSequence, cut_off, merge_problem, merge_sequence, serves_published
 from ..trimmer import Subject, Trimmer
-from .rounds import FLOOR_STEP, Candidate, Decision, Goal, Pace, Pruned, floors, plan_of, prune_in_rounds, weakest_leave
+from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, plan_of, weakest_leave
+from .plans import Goal, Pruned
+from .rounds import Decision, Pace, prune_in_rounds
 
 LAYERS = ("linear", "all")
 STOPS = ("goal", "mode")
@@ -67,7 +69,7 @@ def data_free(
 ) -> Pruned:
     """Merge neurons until the goal is met; one layer a round, input to output, as published.
 
-    With an accuracy floor every round cuts all layers to nine tenths of the present cost instead. Data are read for
+    With an accuracy floor every round takes a tenth of what can still be cut from all layers instead. Data are read for
     the scores, and by retraining or another compensation where these are asked for, never for a plan.
 
     Args:
@@ -83,26 +85,44 @@ def data_free(
     """
     settings = settings or DataFreeSettings()
     check_mergeable(trimmer.task.network, trimmer.groups, settings)
+    check_reach(trimmer.cost_model, trimmer.task.network, trimmer.groups, goal, settings)
     names = mergeable(trimmer.task.network, trimmer.groups, settings)
-    compensation = trimmer.settings.compensation
-    if compensation == "data_free" and not settings.bias:
-        compensation = "data_free_weights"
-    trimmer = trimmer.with_settings(replace(trimmer.settings, criterion="data_free", compensation=compensation))
-    model = trimmer.cost_model
-    least = floors(model, 0.0)
-    if goal.budget is not None and settings.stop == "goal":
-        smallest = model.share({name: least[name] for name in names}, goal.unit)
-        if smallest > goal.budget:
-            raise UserError(
-                f"the budget must be reachable by merging in {', '.join(names)}, but {model.allowed.settings.narrowest}"
-                f" in each still costs {smallest:.4f} of the {goal.unit}{model.allowed.settings.limits}; the budget is "
-                f"{goal.budget}; raise it, or set methods.data_free.layers to 'all'"
-            )
+    trimmer = trimmer.with_settings(
+        replace(trimmer.settings, criterion="data_free", compensation=merging_repair(trimmer, settings))
+    )
+    least = floors(trimmer.cost_model, 0.0)
     rule = _Rule(trimmer, goal, settings, {name: least[name] for name in names})
     return prune_in_rounds(
         trimmer, rule, goal, Pace(rule.most_rounds), method="data_free",
         retraining=retraining, seed=seed, progress=progress,
     )  # fmt: skip
+
+
+def merging_repair(trimmer: Trimmer, settings: DataFreeSettings) -> str:
+    """Return the compensation: the trimmer's, and of the published one the variant that fits `settings.bias`."""
+    asked = trimmer.settings.compensation
+    return "data_free_weights" if asked == "data_free" and not settings.bias else asked
+
+
+def check_reach(
+    model: CostModel, network: nn.Module, groups: Sequence[ChannelGroup], goal: Goal, settings: DataFreeSettings
+) -> None:
+    """Refuse a budget that merging cannot reach, where it is the goal.
+
+    Raises:
+        UserError: Names what one channel in each layer costs.
+    """
+    if goal.budget is None or settings.stop != "goal":
+        return
+    model.check_budget(goal.budget, goal.unit)
+    names, least = mergeable(network, groups, settings), floors(model, 0.0)
+    smallest, wording = model.share({name: least[name] for name in names}, goal.unit), model.allowed.settings
+    if smallest > goal.budget:
+        raise UserError(
+            f"the budget must be reachable by merging in {', '.join(names)}, but {wording.narrowest} in each still "
+            f"costs {smallest:.4f} of the {goal.unit}{wording.limits}; the budget is {goal.budget}; raise it, or set "
+            "methods.data_free.layers to 'all'"
+        )
 
 
 def mergeable(network: nn.Module, groups: Sequence[ChannelGroup], settings: DataFreeSettings) -> list[str]:
@@ -133,18 +153,16 @@ class _Rule:
         self.scales: dict[str, float] = {}
         self.wanted: dict[str, int] = {}
         self.by_layer = goal.accepted_drop is None
-        steps = math.ceil(math.log(self.model.smallest_share(goal.unit)) / math.log(FLOOR_STEP)) + 1
-        self.most_rounds = len(floor) if self.by_layer else steps
+        self.most_rounds = len(floor) if self.by_layer else FLOOR_ROUNDS
 
     def __call__(self, subject: Subject, place: int, last: bool) -> Decision | None:
         """Decide one round."""
         if not self.scales:
             self._look(subject)
         if not self.by_layer:
-            share = FLOOR_STEP * self.model.share(subject.plan.counts, self.goal.unit)
-            least = self.model.share(self.floor, self.goal.unit)
-            counts = self._counts(subject, replace(self.goal, budget=max(share, least, self.goal.budget or 0.0)))
-            return self._decision(subject, counts)
+            floor = {name: max(count, self.limits[name]) for name, count in self.floor.items()}
+            share = next_share(self.model, subject.plan.counts, floor, self.goal)
+            return self._decision(subject, self._counts(subject, replace(self.goal, budget=share)))
         if not place:
             self.wanted = self._counts(subject, self.goal)
         for group in subject.groups:
@@ -158,7 +176,7 @@ class _Rule:
         for group, sequence in self._sequences(subject):
             safe = cut_off(sequence.saliency, self.settings.share)
             self.limits[group.name] = group.width - safe if self.settings.stop == "mode" else 1
-            usual = sequence.saliency[max(0, cut_off(sequence.saliency) - 1)]
+            usual = sequence.saliency[max(0, cut_off(sequence.saliency) - 1)] if len(sequence.saliency) else 0.0
             self.scales[group.name] = float(usual) if np.isfinite(usual) and usual > 0 else 1.0
 
     def _sequences(self, subject: Subject) -> list[tuple[ChannelGroup, MergeSequence]]:

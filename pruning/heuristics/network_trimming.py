@@ -16,23 +16,14 @@ from numpy.typing import NDArray
 
 from ..budget import solve_counts
 from ..checks import check_types
+from ..cost import CostModel
 from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..trimmer import Subject, Trimmer
-from .rounds import (
-    Candidate,
-    Decision,
-    Goal,
-    Masks,
-    Pace,
-    Pruned,
-    floors,
-    mean_apoz,
-    plan_of,
-    prune_in_rounds,
-    weakest_leave,
-)
+from .cuts import Candidate, Masks, floors, plan_of, weakest_leave
+from .plans import Goal, Pruned
+from .rounds import Decision, Pace, mean_apoz, prune_in_rounds
 
 
 @dataclass(frozen=True)
@@ -147,26 +138,9 @@ def choose_targets(trimmer: Trimmer, goal: Goal, settings: NetworkTrimmingSettin
     model, unit = trimmer.cost_model, goal.unit
     rectified = [group.name for group in trimmer.groups if group.rectified]
     budget = 0.5 if goal.budget is None else goal.budget
-    narrowest = dict(zip(model.names, model.allowed.smallest(model.widths).tolist(), strict=True))
-    wording = model.allowed.settings
+    check_targets(model, trimmer.groups, goal, settings)
     if settings.targets:
-        for name in settings.targets:
-            if name not in rectified:
-                raise UserError(f"targets must be groups with a ReLU, but got {name!r}{closest(name, rectified)}")
-        chosen = set(settings.targets)
-        smallest = {name: narrowest[name] for name in chosen}
-        if goal.budget is not None and model.share(smallest, unit) > goal.budget:
-            raise UserError(
-                f"the budget must be reachable by the targets, but {wording.narrowest} in each still costs "
-                f"{model.share(smallest, unit):.4f} of the {unit}{wording.limits}; the budget is {goal.budget}"
-            )
-        return tuple(name for name in model.names if name in chosen)
-    least = model.share({name: narrowest[name] for name in rectified}, unit)
-    if goal.budget is not None and least > goal.budget:
-        raise UserError(
-            f"Network Trimming can only cut groups with a ReLU behind them, and {wording.narrowest} in each still "
-            f"costs {least:.4f} of the {unit}{wording.limits}; the budget is {goal.budget}"
-        )
+        return tuple(name for name in model.names if name in settings.targets)
     shares = dict(zip(model.names, model.group_share(unit), strict=True))
     means = mean_apoz(trimmer.pristine, rectified)
     worth = {name: means[name] * shares[name] for name in rectified}
@@ -179,6 +153,32 @@ def choose_targets(trimmer: Trimmer, goal: Goal, settings: NetworkTrimmingSettin
         if model.share({name: floor[name] for name in taken}, unit) <= budget:
             break
     return tuple(name for name in model.names if name in taken)
+
+
+def check_targets(
+    model: CostModel, groups: Sequence[ChannelGroup], goal: Goal, settings: NetworkTrimmingSettings
+) -> None:
+    """Refuse targets that do not exist or have no ReLU behind them, and a budget that is out of their reach.
+
+    Raises:
+        UserError: Names the nearest target, or what the narrowest targets cost.
+    """
+    rectified = [group.name for group in groups if group.rectified]
+    for name in settings.targets:
+        if name not in rectified:
+            raise UserError(f"targets must be groups with a ReLU, but got {name!r}{closest(name, rectified)}")
+    if goal.budget is None:
+        return
+    narrowest = dict(zip(model.names, model.allowed.smallest(model.widths).tolist(), strict=True))
+    least = model.share({name: narrowest[name] for name in settings.targets or rectified}, goal.unit)
+    wording = model.allowed.settings
+    costs = f"still costs {least:.4f} of the {goal.unit}{wording.limits}; the budget is {goal.budget}"
+    if least > goal.budget and settings.targets:
+        raise UserError(f"the budget must be reachable by the targets, but {wording.narrowest} in each {costs}")
+    if least > goal.budget:
+        raise UserError(
+            f"Network Trimming can only cut groups with a ReLU behind them, and {wording.narrowest} in each {costs}"
+        )
 
 
 def _beside(names: list[str], name: str) -> list[int]:

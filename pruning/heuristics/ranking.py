@@ -21,7 +21,9 @@ from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..trimmer import Subject, Trimmer
-from .rounds import FLOOR_STEP, Candidate, Decision, Goal, Pace, Pruned, floors, plan_of, prune_in_rounds, weakest_leave
+from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, plan_of, weakest_leave
+from .plans import Goal, Pruned
+from .rounds import Decision, Pace, prune_in_rounds
 
 SCOPES = ("uniform", "global", "local")
 
@@ -39,9 +41,11 @@ class RankingSettings:
         channels_per_round: Channels that leave in a round ("global" and "local"); 0 = as many as the budget and
             `rounds` ask for.
         rounds: Cuts on the way to the budget, each by the same factor, where `channels_per_round` is 0. With an
-            accuracy floor each cut takes a tenth of the present cost instead.
-        updates_between: Optimizer steps after every round but the last; -1 = an equal share of those for early rounds.
-        final_share: Share of all updates, in [0, 1], that is kept for the training after the last round.
+            accuracy floor each cut takes a tenth of what can still be cut instead.
+        updates_between: Optimizer steps after every round but the last, as long as there are any left; -1 = an equal
+            share of those for early rounds.
+        final_share: Share of all updates, in [0, 1], that is kept for the training after the last round; of no account
+            where `updates_between` is given.
         narrowest: Least share of its original channels that a group keeps, in [0, 1].
         mac_regulariser: λ of Θ − λ · Θ_flops, at least 0, Θ_flops being the millions of MACs that leave with one
             channel (Molchanov 2017, there 1e-3); 0 = none. Scopes "global" and "local".
@@ -111,10 +115,28 @@ def rank_and_cut(
     settings = settings or RankingSettings()
     check_serves(trimmer.groups, criterion)
     trimmer = trimmer.with_settings(replace(trimmer.settings, criterion=criterion))
+    check_floor(trimmer.cost_model, goal, settings)
     rule, pace = _Rule(trimmer, goal, settings), _pace(trimmer.cost_model, goal, settings)
     return prune_in_rounds(
         trimmer, rule, goal, pace, method=method or criterion, retraining=retraining, seed=seed, progress=progress
     )
+
+
+def check_floor(model: CostModel, goal: Goal, settings: RankingSettings) -> None:
+    """Refuse a budget below what the narrowest allowed groups cost.
+
+    Raises:
+        UserError: Names what they cost.
+    """
+    if goal.budget is None:
+        return
+    model.check_budget(goal.budget, goal.unit)
+    least = model.share(floors(model, settings.narrowest), goal.unit)
+    if least > goal.budget:
+        raise UserError(
+            f"the budget must be reachable, but with narrowest {settings.narrowest} every group at its narrowest still "
+            f"costs {least:.4f} of the {goal.unit}; the budget is {goal.budget}; lower narrowest, or raise the budget"
+        )
 
 
 def check_serves(groups: Sequence[ChannelGroup], criterion: str) -> None:
@@ -132,6 +154,7 @@ def check_serves(groups: Sequence[ChannelGroup], criterion: str) -> None:
     if lacking:
         some = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         others = [name for name, other in CRITERIA.items() if not other.needs_relu and not other.needs_norm]
+        others.remove("data_free")  # which has demands of its own
         raise UserError(
             f"method {criterion!r} needs {needed} behind every channel group, but none follows {some}; "
             f"leave these whole (groups.ignore), or use {', '.join(others)}"
@@ -150,8 +173,7 @@ def _pace(model: CostModel, goal: Goal, settings: RankingSettings) -> Pace:
     elif goal.accepted_drop is None:
         most = settings.rounds
     else:
-        least = max(model.smallest_share(goal.unit), goal.budget or 0.0)
-        most = math.ceil(math.log(least) / math.log(FLOOR_STEP)) + 1
+        most = FLOOR_ROUNDS
     return Pace(most, between, settings.final_share)
 
 
@@ -189,9 +211,7 @@ class _Rule:
         if self.goal.accepted_drop is None:
             assert self.goal.budget is not None  # held by `Goal`
             return replace(self.goal, budget=self.goal.budget ** ((place + 1) / self.settings.rounds))
-        share = FLOOR_STEP * self.model.share(subject.plan.counts, self.goal.unit)
-        least = self.model.smallest_share(self.goal.unit)
-        return replace(self.goal, budget=max(share, least, self.goal.budget or 0.0))
+        return replace(self.goal, budget=next_share(self.model, subject.plan.counts, self.floor, self.goal))
 
     def _candidates(self, subject: Subject, present: NDArray[np.int64]) -> list[Candidate]:
         norm = "mean" if self.settings.scope == "local" else self.settings.norm

@@ -7,60 +7,22 @@ compared on the same ground at the same cost.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import nn
-
-from ..checks import check_seed, check_types
-from ..cost import UNITS, CostModel
+from ..checks import check_seed
 from ..errors import UserError
+from ..evaluation import Score
+from ..groups import shrink_groups
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..schedule import BuiltRound, Round, Schedule, build, round_seed, round_training
 from ..trimmer import Subject, Trimmed, Trimmer
+from .plans import Goal, PlanRecord, Provenance, Pruned
 
-Masks = dict[str, NDArray[np.bool_]]
-Candidate = tuple[float, str, int]
-"""How urgently a channel should leave (higher = sooner), its group, its number."""
-
-FLOOR_STEP = 0.9
-"""Share of the present cost that a round leaves where an accuracy floor ends the rounds."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Where pruning ends: at a budget, at an accuracy floor, or at whichever comes first.
-
-    Attributes:
-        budget: Share of the whole network's cost to keep, in (0, 1]; None = only the accuracy counts.
-        unit: "macs" or "params".
-        accepted_drop: Accuracy on the reward images, in [0, 1], that a round may end below the original's; the first
-            round that ends lower is undone, and pruning ends. None = only the budget counts.
-    """
-
-    budget: float | None = None
-    unit: str = "params"
-    accepted_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their ranges, and a goal that is none."""
-        check_types(self)
-        if self.unit not in UNITS:
-            raise UserError(f"budget_unit must be one of {', '.join(UNITS)}, but got {self.unit!r}")
-        if self.budget is None and self.accepted_drop is None:
-            raise UserError("pruning needs a budget, an accepted drop of accuracy, or both, but got neither")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise UserError(f"budget must be in (0, 1], but got budget={self.budget}; it is the share to keep")
-        if self.accepted_drop is not None and not 0 <= self.accepted_drop <= 1:
-            raise UserError(f"accepted_drop must be in [0, 1], but got {self.accepted_drop}; 0.01 is one point")
-
-    def met(self, model: CostModel, counts: Mapping[str, int] | NDArray[np.int64]) -> bool:
-        """Return whether `counts` channels are within the budget; never, where there is none."""
-        return self.budget is not None and model.share(counts, self.unit) <= self.budget
+OPEN_END = 8
+"""Where nobody knows how many rounds follow, each gets this part of the updates that are left for early ones."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +31,11 @@ class Pace:
 
     Attributes:
         max_rounds: Most rounds.
-        updates_between: Optimizer steps after each round but the last; None = an equal share for each round that the
-            first one lets expect.
-        final_share: Share of all updates, in [0, 1], that is kept for the training after the last round.
+        updates_between: Optimizer steps after each round but the last, as long as there are any left; None = an equal
+            share for each round that the first one lets expect, and without a budget an eighth of what is left for
+            early rounds.
+        final_share: Share of all updates, in [0, 1], that is kept for the training after the last round; of no account
+            where `updates_between` is given.
     """
 
     max_rounds: int
@@ -97,88 +61,6 @@ class Rule(Protocol):
 
     def __call__(self, subject: Subject, place: int, last: bool) -> Decision | None:
         """Decide round `place`, from 0; None where nothing more can leave. `last`: no round will follow."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a plan comes from.
-
-    Attributes:
-        method: Name of the method.
-        round: Counted from 1.
-        criterion: Which channels leave.
-        compensation: Repair after the cut.
-        retrain_updates: Optimizer steps asked for after the cut.
-        seed: Of the whole run.
-        forced: Whether the method's own rule gave way, to meet the budget.
-    """
-
-    method: str
-    round: int
-    criterion: str
-    compensation: str
-    retrain_updates: int
-    seed: int
-    forced: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class PlanRecord:
-    """A plan and what is known of it.
-
-    Attributes:
-        plan: What stays of the *original* network after the round.
-        provenance: Where the plan comes from.
-        built: Scores on the reward images, cost and training of the round.
-    """
-
-    plan: PruningPlan
-    provenance: Provenance
-    built: BuiltRound
-
-
-@dataclass(frozen=True, eq=False)
-class Pruned(Sequence[PlanRecord]):
-    """What a method made: the list of its plans, one for each round, and the network of the last.
-
-    Attributes:
-        network: Pruned and retrained, in evaluation mode.
-        schedule: The rounds; `schedule.build` replays them on the original weights.
-        records: One for each round.
-        widths: Channels of the original network, by group.
-        mean_apoz: By round (0 = before the first) the mean APoZ of the groups that were watched; empty if none were.
-        stopped_by: "budget", "accuracy" (the next round would have lost more than accepted), "rounds" (all that were
-            allowed were made) or "rule" (nothing more could leave).
-    """
-
-    network: nn.Module
-    schedule: Schedule
-    records: tuple[PlanRecord, ...]
-    widths: dict[str, int]
-    mean_apoz: tuple[dict[str, float], ...] = ()
-    stopped_by: str = "budget"
-
-    def __getitem__(self, place):  # type: ignore[no-untyped-def]
-        """Return the plan of a round, from 0, with its provenance."""
-        return self.records[place]
-
-    def __len__(self) -> int:
-        """Return the number of rounds."""
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[PlanRecord]:
-        """Iterate over the rounds."""
-        return iter(self.records)
-
-    @property
-    def rounds(self) -> tuple[BuiltRound, ...]:
-        """Scores, cost and training of each round."""
-        return tuple(record.built for record in self.records)
-
-    @property
-    def forced(self) -> bool:
-        """Whether the method's own rule gave way in the last round, to meet the budget."""
-        return self.records[-1].provenance.forced
 
 
 def prune_in_rounds(
@@ -214,127 +96,158 @@ def prune_in_rounds(
     retraining = retraining.resolved(len(trimmer.task.train))
     if goal.budget is not None:
         trimmer.cost_model.check_budget(goal.budget, goal.unit)
-    early = int(retraining.updates * (1 - pace.final_share))  # updates for the rounds before the last
-    per_round = pace.updates_between
-    subject, spent, stopped_by, finished = trimmer.pristine, 0, "rounds", False
-    trimmed: Trimmed | None = None
-    records: list[PlanRecord] = []
-    apoz = [mean_apoz(subject, watched)]
+    walk = _Walk(trimmer, goal, pace, method, retraining, seed, watched, progress)
     for place in range(pace.max_rounds):
-        last = place + 1 == pace.max_rounds
-        decision = rule(subject, place, last)
+        decision = rule(walk.subject, place, place + 1 == pace.max_rounds)
         if decision is None:
-            stopped_by = "rule"
+            walk.stopped_by = "rule"
             break
-        share = trimmer.cost_model.share(subject.plan.then(decision.plan.completed(subject.groups)).counts, goal.unit)
-        met = goal.budget is not None and share <= goal.budget
-        if per_round is None:
-            per_round = early // max(1, _rounds_ahead(share, goal.budget, pace.max_rounds) - 1)
-        final = met or last
-        updates = retraining.updates - spent if final else max(0, min(per_round, early - spent))
-        candidate = trimmer.trim(decision.plan, subject)
+        if not walk.take(decision, place):
+            break
+    return walk.finish()
+
+
+class _Walk:
+    """From round to round: what is left, what was spent, what was recorded."""
+
+    def __init__(
+        self,
+        trimmer: Trimmer,
+        goal: Goal,
+        pace: Pace,
+        method: str,
+        retraining: RetrainSettings,
+        seed: int,
+        watched: Sequence[str],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.trimmer, self.goal, self.pace, self.method = trimmer, goal, pace, method
+        self.retraining, self.seed, self.watched, self.progress = retraining, seed, watched, progress
+        self.subject = trimmer.pristine
+        self.stopped_by = "rounds"
+        self.records: list[PlanRecord] = []
+        self.apoz = [mean_apoz(self.subject, watched)]
+        self.trimmed: Trimmed | None = None
+        self.spent = 0
+        self.share = 1.0  # of the cost, that the first round left
+        self.told = 0
+        self.finished = False  # whether the last round that was kept was trained as the last one
+
+    def take(self, decision: Decision, place: int) -> bool:
+        """Cut, train and keep a round, or refuse it; returns whether another may follow."""
+        counts = self.subject.plan.then(decision.plan.completed(self.subject.groups)).counts
+        met = self.goal.met(self.trimmer.cost_model, counts)
+        if not place:
+            self.share = self.trimmer.cost_model.share(counts, self.goal.unit)
+        left = self.retraining.updates - self.spent
+        final = met or place + 1 == self.pace.max_rounds
+        updates = left if final else self._between(left)
+        candidate, after_trim = self._make(decision, place, updates, final)
+        if self._lost_too_much(candidate) and updates < left:  # all that is left may bring it back
+            updates, final, met = left, True, False
+            candidate, after_trim = self._make(decision, place, updates, final)
+        if self._lost_too_much(candidate):
+            if self.trimmed is None:
+                drop = self.trimmer.baseline.accuracy - candidate.score.accuracy
+                raise UserError(
+                    f"{self.method} lost {100 * drop:.2f} points in its first round, more than the accepted "
+                    f"{100 * (self.goal.accepted_drop or 0):g}; accept more, trim less in a round, or allow more "
+                    "retraining updates"
+                )
+            self.stopped_by = "accuracy"
+            return False
+        self.spent += updates
+        self.trimmed, self.finished = candidate, final
+        trimming = self.trimmer.settings
+        provenance = Provenance(
+            self.method, place + 1, trimming.criterion, trimming.compensation, updates, self.seed, decision.forced
+        )
+        self.records.append(PlanRecord(candidate.plan, provenance, BuiltRound.of(candidate, after_trim, updates)))
+        if self.watched or not final:
+            self.subject = self.trimmer.examine_trimmed(candidate)
+            self.apoz.append(mean_apoz(self.subject, self.watched))
+        if met:
+            self.stopped_by = "budget"
+        elif final and place + 1 < self.pace.max_rounds:
+            self.stopped_by = "accuracy"
+        return not final
+
+    def finish(self) -> Pruned:
+        """Give what is left of the updates to the last round that was kept, and put everything together."""
+        if self.trimmed is None:
+            raise UserError(f"{self.method} found no channel that may leave; allow narrower widths, or more groups")
+        network, records = self.trimmed.network, self.records
+        schedule = Schedule(
+            rounds=tuple(Round(record.plan, record.provenance.retrain_updates) for record in records),
+            repair=self.trimmer.settings, retraining=replace(self.retraining, updates=0), seed=self.seed,
+            made_by=self.method,
+        )  # fmt: skip
+        rest = self.retraining.updates - self.spent
+        if not self.finished:
+            schedule = replace(schedule, retraining=schedule.retraining.without_checks())
+        if not self.finished and (rest or self.retraining.check_every):
+            closing = replace(schedule.rounds[-1], retrain_updates=schedule.rounds[-1].retrain_updates + rest)
+            longer = replace(
+                schedule, rounds=(*schedule.rounds[:-1], closing), retraining=replace(self.retraining, updates=0)
+            )
+            built = build(self.trimmer, longer, progress=self._tell(0))
+            lost = self.trimmer.baseline.accuracy - built.rounds[-1].after_retraining.accuracy
+            if self.goal.accepted_drop is None or lost <= self.goal.accepted_drop:
+                network, schedule = built.network, longer
+                records = [
+                    replace(
+                        record, built=done, provenance=replace(record.provenance, retrain_updates=each.retrain_updates)
+                    )
+                    for record, done, each in zip(records, built.rounds, longer.rounds, strict=True)
+                ]
+                if self.watched:
+                    plan = records[-1].plan
+                    subject = self.trimmer.examine(network, shrink_groups(self.trimmer.groups, plan), plan)
+                    self.apoz[-1] = mean_apoz(subject, self.watched)
+        widths = {group.name: group.width for group in self.trimmer.groups}
+        return Pruned(
+            network, schedule, tuple(records), widths, tuple(self.apoz) if self.watched else (), self.stopped_by
+        )
+
+    def _make(self, decision: Decision, place: int, updates: int, final: bool) -> tuple[Trimmed, Score]:
+        """Cut, repair and train; also returns the score before the training."""
+        candidate = self.trimmer.trim(decision.plan, self.subject)
         after_trim = candidate.score
         if updates:
-            tell = (lambda done, before=spent: progress(before + done)) if progress else None
-            candidate = trimmer.retrain(
-                candidate, round_training(retraining, updates, last=final), seed=round_seed(seed, place), progress=tell
+            candidate = self.trimmer.retrain(
+                candidate,
+                round_training(self.retraining, updates, last=final),
+                seed=round_seed(self.seed, place),
+                progress=self._tell(self.spent),
             )
-        if goal.accepted_drop is not None:
-            drop = trimmer.baseline.accuracy - candidate.score.accuracy
-            if drop > goal.accepted_drop and trimmed is None:
-                raise UserError(
-                    f"{method} lost {100 * drop:.2f} points in its first round, more than the accepted "
-                    f"{100 * goal.accepted_drop:g}; accept more, trim less in a round, or allow more retraining updates"
-                )
-            if drop > goal.accepted_drop:
-                stopped_by = "accuracy"
-                break
-        spent += updates
-        trimmed, finished = candidate, final
-        provenance = Provenance(
-            method, place + 1, trimmer.settings.criterion, trimmer.settings.compensation, updates, seed, decision.forced
-        )
-        records.append(PlanRecord(candidate.plan, provenance, BuiltRound.of(candidate, after_trim, updates)))
-        if watched or not final:
-            subject = trimmer.examine_trimmed(candidate)
-            apoz.append(mean_apoz(subject, watched))
-        if met:
-            stopped_by = "budget"
-            break
-    if trimmed is None:
-        raise UserError(f"{method} found no channel that may leave; allow narrower widths, or more groups")
-    schedule = Schedule(
-        rounds=tuple(Round(record.plan, record.provenance.retrain_updates) for record in records),
-        repair=trimmer.settings, retraining=replace(retraining, updates=0), seed=seed, made_by=method,
-    )  # fmt: skip
-    network, watching = trimmed.network, tuple(apoz) if watched else ()
-    if not finished and retraining.updates > spent:  # the last round that stays gets what is left
-        rest = retraining.updates - spent
-        closing = replace(schedule.rounds[-1], retrain_updates=schedule.rounds[-1].retrain_updates + rest)
-        schedule = replace(schedule, rounds=(*schedule.rounds[:-1], closing))
-        built = build(trimmer, schedule, progress=progress)
-        network = built.network
-        records = [
-            replace(
-                record, built=done, provenance=replace(record.provenance, retrain_updates=entry.retrain_updates)
-            )
-            for record, done, entry in zip(records, built.rounds, schedule.rounds, strict=True)
-        ]  # fmt: skip
-    widths = {group.name: group.width for group in trimmer.groups}
-    return Pruned(network, schedule, tuple(records), widths, watching, stopped_by)
+        return candidate, after_trim
 
+    def _between(self, left: int) -> int:
+        """Return the optimizer steps after a round that is not the last."""
+        if self.pace.updates_between is not None:
+            return min(self.pace.updates_between, left)
+        early = int(self.retraining.updates * (1 - self.pace.final_share))
+        if self.goal.budget is None:  # nobody knows how many rounds follow
+            return max(0, early - self.spent) // OPEN_END
+        ahead = _rounds_ahead(self.share, self.goal.budget, self.pace.max_rounds)
+        return max(0, min(early // max(1, ahead - 1), early - self.spent))
 
-def weakest_leave(
-    model: CostModel,
-    subject: Subject,
-    candidates: Sequence[Candidate],
-    floor: Mapping[str, int],
-    goal: Goal,
-    *,
-    at_most: int | None = None,
-) -> Masks:
-    """Let candidates go, the most urgent first, until the budget is met; returns what stays, by group.
+    def _lost_too_much(self, candidate: Trimmed) -> bool:
+        allowed = self.goal.accepted_drop
+        return allowed is not None and self.trimmer.baseline.accuracy - candidate.score.accuracy > allowed
 
-    A channel waits until enough of its group have come together for the next narrower allowed width.
+    def _tell(self, before: int) -> Callable[[int], None] | None:
+        """Return what a training reports to; what was told once is not told again."""
+        if self.progress is None:
+            return None
+        tell = self.progress
 
-    Args:
-        model: Cost model of the pristine network.
-        subject: What is cut.
-        candidates: In any order; of equal ones the first by group name and number leaves first.
-        floor: By group, the fewest channels to leave; groups that are not named stay whole.
-        goal: The budget, if there is one.
-        at_most: Channels that may leave; a narrower allowed width may take a few more.
-    """
-    present = np.array([group.width for group in subject.groups], dtype=np.int64)
-    keep: Masks = {group.name: np.ones(group.width, dtype=bool) for group in subject.groups}
-    places = {name: place for place, name in enumerate(keep)}
-    counts, below = present.copy(), present.copy()  # `below` counts without the channels that wait
-    waiting: dict[str, list[int]] = {name: [] for name in floor}
-    gone = 0
-    for _, name, channel in sorted(candidates, key=lambda item: (-item[0], item[1], item[2])):
-        if goal.met(model, counts) or (at_most is not None and gone >= at_most):
-            break
-        place = places[name]
-        if name in floor and below[place] > floor[name]:
-            waiting[name].append(channel)
-            below[place] -= 1
-            if model.allowed.not_below(below, present)[place] == below[place]:
-                keep[name][waiting[name]] = False
-                gone += len(waiting[name])
-                waiting[name], counts[place] = [], below[place]
-    return keep
+        def show(done: int) -> None:
+            if before + done > self.told:
+                self.told = before + done
+                tell(self.told)
 
-
-def plan_of(keep: Masks) -> PruningPlan:
-    """Return the plan that keeps what the masks say."""
-    return PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
-
-
-def floors(model: CostModel, narrowest: float) -> dict[str, int]:
-    """Return, by group, the fewest channels that leave at least the share `narrowest` of the original ones."""
-    shares = [max(1, round(narrowest * width)) for width in model.widths.tolist()]
-    found = model.allowed.not_below(np.array(shares, dtype=np.int64), model.widths)
-    return dict(zip(model.names, found.tolist(), strict=True))
+        return show
 
 
 def mean_apoz(subject: Subject, names: Sequence[str]) -> dict[str, float]:
@@ -343,9 +256,9 @@ def mean_apoz(subject: Subject, names: Sequence[str]) -> dict[str, float]:
     return {name: float(apoz.mean()) for name, apoz in found.items() if apoz is not None}
 
 
-def _rounds_ahead(first: float, budget: float | None, most: int) -> int:
+def _rounds_ahead(first: float, budget: float, most: int) -> int:
     """Estimate the number of rounds to the budget if each cuts by the same factor as the first, at most `most`."""
-    if budget is None or first >= 1:
+    if first >= 1:
         return most
     if first <= budget:
         return 1
