@@ -263,7 +263,7 @@ def test_only_the_last_round_looks_at_the_selection_split(drop: float | None, sh
     unscored = [math.isnan(training.best_accuracy) for training in trainings]
     assert unscored == [True] * (len(trainings) - 1) + [not checked_last]
     assert checked_last or drop is not None
-    assert made.schedule.retrain_updates == 23
+    assert made.schedule.retrain_updates == 23 if checked_last else made.schedule.retrain_updates < 23
     assert [entry.updates_taken for entry in made.rounds[:-1]] == [entry.retrain_updates for entry in made.rounds[:-1]]
     again = build(trimmer, made.schedule)
     assert same_weights(again.network, made.network)
