@@ -27,8 +27,9 @@ from .configuration import parse, read_config, resolve, shipped_configs, stored_
 from .finalists import read_test_split
 from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
-from .methods import METHODS, check_method, get_method, prune
+from .methods import METHODS, get_method
 from .progress import Progress
+from .prune import check_method, prune
 from .prune_options import read_options
 from .randomness import derive_seed
 from .report import console_table, latency_lines, note_lines, training_lines, verdict_lines

@@ -8,7 +8,8 @@ from jsonargparse import ArgumentParser
 
 from ..pruning.errors import UserError
 from .configuration import parse, read_config
-from .methods import METHODS, PruneSettings, get_method
+from .methods import METHODS, get_method
+from .prune import PruneSettings
 from .settings import SearchConfig
 
 OWN = ("--method", "--compensation", "--accepted_drop")

@@ -12,7 +12,8 @@ from ..pruning.cost import Cost
 from ..pruning.heuristics import PlanRecord, Pruned
 from ..pruning.task import PruningTask
 from .finalists import Finalist
-from .methods import Method, PruneSettings, published_repair
+from .methods import Method
+from .prune import PruneSettings, published_repair
 from .report import markdown_table, short_count
 
 MOST_ROWS = 24

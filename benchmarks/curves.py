@@ -20,8 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
-from prunegym.agent.methods import PruneSettings, prune
 from prunegym.agent.progress import Progress
+from prunegym.agent.prune import PruneSettings, prune
 from prunegym.agent.report import markdown_table
 from prunegym.agent.settings import MethodSettings
 from prunegym.pruning import PruningTask, RepairSettings, Trimmer

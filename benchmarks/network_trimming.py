@@ -17,8 +17,8 @@ import torch
 from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import right_examples
-from prunegym.agent.methods import PruneSettings, prune
 from prunegym.agent.progress import Progress
+from prunegym.agent.prune import PruneSettings, prune
 from prunegym.agent.settings import SearchConfig
 from prunegym.pruning import CostModel, Trimmer, build_network, find_groups, measure
 from prunegym.pruning.heuristics import Pruned

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prunegym.agent.methods import METHODS, PruneSettings, check_method, prune
+from prunegym.agent.methods import METHODS
+from prunegym.agent.prune import PruneSettings, check_method, prune
 from prunegym.agent.settings import AmcSettings, MethodSettings, TryAndLearnSettings
 from prunegym.envs import TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
