@@ -97,17 +97,17 @@ def cases(options: argparse.Namespace) -> list[Case]:
         Case(
             arguments=["configs/lenet_mnist.yaml", "--data_root", options.mnist, "--threads", "1"],
             drops=(0.005, 0.01, 0.02),
-            settings=TryAndLearnSettings(evaluations=tries(80), learning_rate=0.02, fine_tune=5),
+            settings=TryAndLearnSettings(evaluations=tries(240), learning_rate=0.02, fine_tune=5),
             repair=replace(
                 UNREPAIRED, calibration_images=256, reward_images=2000, recalibration_images=0, batch_size=500
             ),
-            retraining=RetrainSettings(updates=300, batch_size=64, learning_rate=0.01),
+            retraining=RetrainSettings(updates=600, batch_size=64, learning_rate=0.01),
         ),
         Case(
             arguments=[*resnet, "--task.splits.heldout", options.heldout, "--threads", "1"],
             drops=(0.02,),
             settings=TryAndLearnSettings(
-                evaluations=tries(40),
+                evaluations=tries(70),
                 learning_rate=0.02,
                 fine_tune=3,
                 layers=("layer1.1.conv1", "layer2.1.conv1", "layer3.1.conv1"),
