@@ -223,7 +223,13 @@ def page(
             f"{_percent(entry.selection_before)} | {_percent(entry.network.selection.accuracy)} | "
             f"{_percent(entry.network.test)} |"
         )
-    lines += ["", *_searches(settings, found), *_published(task.name, original, found), f"Command: `{command}`", ""]
+    lines += [
+        "",
+        *_searches(settings, found),
+        *_published(task.name, original, found, settings),
+        f"Command: `{command}`",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -264,7 +270,7 @@ def _searches(settings: SearchSettings, found: list[Found]) -> list[str]:
     return [*lines, "", f"DDPG minus random, points, seed by seed: {said}. {len(pairs)} seeds carry no interval.", ""]
 
 
-def _published(network: str, original: Finalist, found: list[Found]) -> list[str]:
+def _published(network: str, original: Finalist, found: list[Found], settings: SearchSettings) -> list[str]:
     """Return the published figures beside ours, and why they differ."""
     mean = {
         method: statistics.mean(100 * (entry.network.test or 0.0) for entry in found if entry.method == method)
@@ -289,8 +295,12 @@ def _published(network: str, original: Finalist, found: list[Found]) -> list[str
         "compare.",
         "- Fine-tuning: the reproduction trains 60 epochs after the search; here it is the number above, the same "
         "for every plan.",
-        "- Length: AMC plays 800 episodes, 100 of them warm-up; here fewer, in the same proportion or nearly so.",
-        "- Reward images: AMC splits off 5,000; here fewer, so the best of a search is also the luckiest.",
+        f"- Length: AMC plays 800 episodes, 100 of them warm-up; here {settings.max_evaluations}, "
+        f"{settings.learner.warmup_episodes or 0} of them warm-up.",
+        f"- Reward images: AMC splits off 5,000; here {settings.trim.repair.reward_images or 'all'}, and the fewer, the "
+        "luckier is the best of a search.",
+        "- Previous action: in the state it is the one that was asked for; AMC shows it after the clip.",
+        "- Choice: the five best plans are scored again on the selection split; AMC takes the best of the search.",
         "- Units: a residual sum ties layers together, so an action decides a whole group; AMC decides layer by layer.",
         "- Magnitude: channels are ranked by the weights that produce them; AMC's code ranks by the weights that read "
         "them.",
