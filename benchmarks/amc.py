@@ -297,8 +297,8 @@ def _published(network: str, original: Finalist, found: list[Found], settings: S
         "for every plan.",
         f"- Length: AMC plays 800 episodes, 100 of them warm-up; here {settings.max_evaluations}, "
         f"{settings.learner.warmup_episodes or 0} of them warm-up.",
-        f"- Reward images: AMC splits off 5,000; here {settings.trim.repair.reward_images or 'all'}, and the fewer, the "
-        "luckier is the best of a search.",
+        f"- Reward images: AMC splits off 5,000; here {settings.trim.repair.reward_images or 'all'}, and the fewer, "
+        "the luckier is the best of a search.",
         "- Previous action: in the state it is the one that was asked for; AMC shows it after the clip.",
         "- Choice: the five best plans are scored again on the selection split; AMC takes the best of the search.",
         "- Units: a residual sum ties layers together, so an action decides a whole group; AMC decides layer by layer.",
