@@ -12,7 +12,8 @@ from dataclasses import replace
 from ..envs.action import make_action_rule
 from ..envs.reward import RewardSettings
 from ..envs.trim import TrimEnv, TrimSettings
-from ..pruning.cost import CostModel
+from ..pruning.checks import check_kind, check_seed
+from ..pruning.cost import Cost, CostModel
 from ..pruning.errors import UserError
 from ..pruning.heuristics import Goal, PlanRecord, Provenance, Pruned
 from ..pruning.plan import PruningPlan
@@ -21,10 +22,12 @@ from ..pruning.schedule import Round, Schedule, build
 from ..pruning.trimmer import Trimmer
 from .history import Evaluation, History
 from .progress import Progress
+from .randomness import random_state_kept
 from .search import choose, learn
 from .settings import AmcSettings, LearnerSettings, SearchSettings
 
 
+@random_state_kept()
 def amc(
     trimmer: Trimmer,
     goal: Goal,
@@ -37,7 +40,8 @@ def amc(
 ) -> Pruned:
     """Let DDPG find widths, build the best plan, and train it.
 
-    Without a budget the plan of fewest MACs is built whose accuracy, right after the cut, is within the accepted drop.
+    Without a budget the plan is built that costs least, in the goal's unit, of those whose accuracy, right after the
+    cut, is within the accepted drop. The global random state stays as it was.
 
     Args:
         trimmer: Task and settings; the criterion is replaced by "l1". The published repair is "least_squares".
@@ -53,9 +57,14 @@ def amc(
         One plan with its provenance and scores.
 
     Raises:
-        UserError: The budget is out of reach of the largest trim, or nothing tried keeps to the accepted drop.
+        UserError: The budget is out of reach of the largest trim, nothing tried keeps to the accepted drop, the
+            finished network does not, or the agent diverged.
     """
-    settings = settings or AmcSettings()
+    check_kind(trimmer, Trimmer, "amc")
+    check_kind(goal, Goal, "amc")
+    check_kind(retraining, RetrainSettings, "amc")
+    check_seed(seed)
+    settings = AmcSettings() if settings is None else check_kind(settings, AmcSettings, "amc")
     retraining = retraining.resolved(len(trimmer.task.train))
     check_amc(trimmer.cost_model, goal, settings)
     trimmer = trimmer.with_settings(replace(trimmer.settings, criterion="l1"))
@@ -152,7 +161,13 @@ class _Counting(History):
 
 
 def _cheapest(trimmer: Trimmer, goal: Goal, history: History, retraining: RetrainSettings) -> Schedule:
-    """Return the schedule of the plan of fewest MACs that keeps to the accepted drop."""
+    """Return the schedule of the plan that costs least, in the goal's unit, and keeps to the accepted drop.
+
+    The loss on the reward images decides between equals.
+
+    Raises:
+        UserError: No plan keeps to it; the best accuracy is named.
+    """
     assert goal.accepted_drop is not None  # held by `Goal`
     least = trimmer.baseline.accuracy - goal.accepted_drop
     good = [row for row in history.finished if row.accuracy >= least]
@@ -163,6 +178,6 @@ def _cheapest(trimmer: Trimmer, goal: Goal, history: History, retraining: Retrai
             f"{100 * trimmer.baseline.accuracy:.2f} %; its best has {100 * best:.2f} %; accept more, or allow more "
             "evaluations"
         )
-    chosen = min(good, key=lambda row: (row.macs, row.loss))
+    chosen = min(good, key=lambda row: (Cost(row.params, row.macs).of(goal.unit), row.loss))
     plan = PruningPlan.from_dict(chosen.plans[-1])
     return Schedule((Round(plan, retraining.updates),), trimmer.settings, replace(retraining, updates=0))

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from ..pruning.checks import check_seed, check_types
+from ..pruning.checks import check_kind, check_seed, check_types
 from ..pruning.compensation import get_compensation
 from ..pruning.cost import CostModel
-from ..pruning.errors import UserError
 from ..pruning.grouping import find_groups
 from ..pruning.heuristics import Goal, Pruned
 from ..pruning.retraining import RetrainSettings
@@ -91,8 +90,8 @@ def prune(
     Raises:
         UserError: The method cannot serve this network (the alternatives are named), or the goal cannot be reached.
     """
-    if not isinstance(task, PruningTask):
-        raise UserError(f"prune needs a PruningTask, but got {type(task).__name__}; PruningTask(network, train=…, …)")
+    check_kind(task, PruningTask, "prune")
+    check_kind(settings, PruneSettings, "prune")
     method = get_method(settings.method)
     repair = replace(
         settings.repair,

@@ -10,7 +10,8 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from ..envs.trim import TrimEnv, TrimSettings
+from ..envs.trim import ActionError, TrimEnv, TrimSettings
+from ..pruning.checks import check_kind
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
 from ..pruning.heuristics import Goal, network_trimming, uniform
@@ -105,8 +106,13 @@ def search(
     Raises:
         UserError: The request cannot be met, e.g. the budget is below what the narrowest allowed widths cost.
     """
-    if not isinstance(task, PruningTask):
-        raise UserError(f"search needs a PruningTask, but got {type(task).__name__}; PruningTask(network, train=…, …)")
+    check_kind(task, PruningTask, "search")
+    if settings is not None:
+        check_kind(settings, SearchSettings, "search")
+    if run_folder is not None:
+        check_kind(run_folder, RunFolder, "search", "RunFolder.create(path) makes one")
+    if progress is not None:
+        check_kind(progress, Progress, "search", "Progress(True) shows bars")
     settings = _resolve(settings, budget, max_evaluations, budget_unit, retrain_updates, seed)
     settings = _without_epochs(settings, len(task.train))
     with random_state_kept():
@@ -229,6 +235,11 @@ def learn(
                     show(history)
             except KeyboardInterrupt:
                 interrupted = True
+            except ActionError as error:
+                raise UserError(
+                    f"the actions of an agent must stay finite, but {settings.learner.algorithm} diverged; lower "
+                    f"learning_rate, which is {settings.learner.learning_rate:g}"
+                ) from error
     finally:
         with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # a worker that died already
             workers.close()

@@ -100,7 +100,7 @@ class TryAndLearnSettings:
 
     Attributes:
         accepted_drop: b of the reward, in (0, 1]: the accepted drop below the original's accuracy; 0.02 is two points.
-            None = that of the goal, or 0.02 where it has none.
+            None = that of the goal, or 0.02 where it has none, or one of 0: ψ divides by it.
         evaluations: Networks that are cut, fine-tuned and scored for each layer; the last is the policy's own choice.
         episodes_per_update: Of these, samples of one REINFORCE update, at least 2.
         learning_rate: Of the policy (Adam), at the start of each layer; it falls linearly to a tenth.
@@ -111,7 +111,8 @@ class TryAndLearnSettings:
         fine_tune: Training updates inside an episode, before a network is scored; none where the retraining has no
             updates either, so that what is tried is what is built.
         updates_between: Optimizer steps after every layer but the last; -1 = an equal share of those for early rounds.
-        final_share: Share of all updates, in [0, 1], that is kept for the training after the last layer.
+        final_share: Share of all updates, in [0, 1], that is kept for the training after the last layer; of no account
+            where `updates_between` is given.
         layers: Patterns such as "layer3.*"; only groups with a producer that matches one are decided, from the lowest
             to the highest. Empty = all that may be cut.
     """
@@ -149,9 +150,10 @@ class TryAndLearnSettings:
             )
 
     def drop_for(self, goal: Goal | None) -> float:
-        """Return b: the settings' own, else the goal's, else 0.02."""
-        known = [self.accepted_drop, goal.accepted_drop if goal else None]
-        return next((drop for drop in known if drop is not None), 0.02)
+        """Return b: the settings' own, else the goal's, else 0.02; a goal that accepts no drop has no b to divide by."""
+        if self.accepted_drop is not None:
+            return self.accepted_drop
+        return (goal.accepted_drop if goal else None) or 0.02
 
 
 @dataclass(frozen=True)

@@ -191,16 +191,16 @@ def _differences(first: Study, second: Study) -> list[str]:
     return [
         "What differs from the publication:",
         "",
-        f"- Layer norm: it takes Taylor 2017 from {taylor.plain:.2f} to {taylor.normed:.2f} over all channels here, and "
-        "from 0.14 to 0.73 there; in a residual network the channels that residual sums share matter far more than those "
-        "inside the blocks, which the norm hides (our reading, not tested).",
+        f"- Layer norm: it takes Taylor 2017 from {taylor.plain:.2f} to {taylor.normed:.2f} over all channels here, "
+        "and from 0.14 to 0.73 there; in a residual network the channels that residual sums share matter far more than "
+        "those inside the blocks, which the norm hides (our reading, not tested).",
         f"- Weight norm and mean activation: l2 {known['l2'].normed:.2f} and mean activation "
         f"{known['mean_activation'].normed:.2f} normed, {known['l2'].plain:.2f} and "
         f"{known['mean_activation'].plain:.2f} plain; 0.27 and 0.56 there.",
         f"- Memorised images, from held-out to memorised: {moved}; the warning known second hand is that Taylor "
         "ranks little better than chance on them.",
-        "- Network and data: a ResNet-20 with batch norm trained on CIFAR-10, not VGG-16 tuned on Birds-200; one network, "
-        "one draw of images, seed 0; the test split is not touched.",
+        "- Network and data: a ResNet-20 with batch norm trained on CIFAR-10, not VGG-16 tuned on Birds-200; one "
+        "network, one draw of images, seed 0; the test split is not touched.",
         "",
     ]
 

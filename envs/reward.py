@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..pruning.checks import check_types
 from ..pruning.errors import UserError, closest
 
 
@@ -49,7 +50,8 @@ class RewardSettings:
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse unknown names and an accepted drop outside (0, 1]."""
+        """Refuse values of other types, unknown names and an accepted drop outside (0, 1]."""
+        check_types(self)
         if self.objective not in OBJECTIVES:
             hint = closest(self.objective, OBJECTIVES)
             raise UserError(f"objective must be a known name, but got {self.objective!r}{hint}")
@@ -57,7 +59,7 @@ class RewardSettings:
             raise UserError(f"accepted_drop must be in (0, 1], but got {self.accepted_drop}; 0.01 is one point")
         for name in self.weights:
             if name not in TERMS:
-                raise UserError(f"a reward term must be a known name, but got {name!r}{closest(name, TERMS)}")
+                raise UserError(f"a reward term must be a known name, but got {name!r}{closest(str(name), TERMS)}")
 
 
 Term = Callable[[Outcome, RewardSettings], float]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..pruning.checks import check_types
+from ..pruning.checks import check_keys, check_kind, check_types
 from ..pruning.errors import UserError, closest
 from ..pruning.groups import ChannelGroup, TensorSlice
 from ..pruning.layers import output_dim
@@ -21,7 +21,7 @@ from ..pruning.statistics import weight_norms
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
 from ..pruning.widths import GroupSettings
-from .default_task import default_task
+from .arguments import make_trimmer
 from .reward import Outcome, Reward, RewardSettings
 
 LARGEST = 10.0
@@ -81,6 +81,9 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
     | filters | `Box(-10, 10, (max_filters, entries))`, float32 | a row a filter: the weights that make the channel |
     | mask | `MultiBinary(max_filters)` | 1 = the row is a filter, 0 = padding |
 
+    Stable-Baselines3's `check_env` warns that `filters` has two dimensions, which its own policies would flatten; that
+    is on purpose, so that a policy can treat all filters alike.
+
     Weights are divided by the root mean square of their layer's and clipped to ±10; the bias is left out. Where several
     layers produce the channels together (a residual sum), their weights stand side by side.
 
@@ -95,7 +98,8 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
     where the accuracy rises; it is not clipped, nor is it below.
 
     ## Start, end
-    `reset(options={"group": name})` decides another group in this episode. Each episode is one step and terminates.
+    `reset(options={"group": name})` decides another group in this episode; other keys are refused. Each episode is one
+    step and terminates.
 
     ## Info
     `reset`: `group`. The step: `group`, `requested` (filters that the action keeps), `executed` (filters that stay),
@@ -104,8 +108,8 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
 
     ## Arguments
     `task`: a `PruningTask`, by default embedded digits with a small LeNet; `settings`: `SelectSettings`; `trimmer`:
-    share the measurements of another environment in the same process; `subject`: what is cut, from
-    `Trimmer.examine_trimmed` of the same trimmer, the pristine network by default.
+    share the measurements of another environment in the same process, of the same task; `subject`: what is cut, from
+    `Trimmer.examine_trimmed` of that trimmer, the pristine network by default.
 
     ## Version history
     v0: first version.
@@ -120,13 +124,15 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
         trimmer: Trimmer | None = None,
         subject: Subject | None = None,
     ) -> None:
-        self.settings = settings or SelectSettings()
-        self.trimmer = trimmer or Trimmer(task or default_task(), self.settings.repair, self.settings.groups)
-        if self.trimmer.settings != self.settings.repair:
-            raise UserError("a shared trimmer must have the environment's repair settings, but they differ")
-        if self.trimmer.group_settings != self.settings.groups:
-            raise UserError("a shared trimmer must have the environment's group settings, but they differ")
-        self.subject = subject or self.trimmer.pristine
+        where = type(self).__name__
+        self.settings = SelectSettings() if settings is None else check_kind(settings, SelectSettings, where)
+        self.trimmer = make_trimmer(task, trimmer, self.settings.repair, self.settings.groups, where)
+        if subject is None:
+            self.subject = self.trimmer.pristine
+        else:
+            check_kind(subject, Subject, where, "Trimmer.examine_trimmed makes one")
+            check_subject(subject, trimmer)
+            self.subject = subject
         self._rows = {group.name: filter_rows(self.subject.network, group) for group in self.subject.groups}
         rows = self._rows.values()
         self._size = (
@@ -150,7 +156,8 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Show the filters of a group; `options={"group": name}` chooses it for one episode."""
         super().reset(seed=seed)
-        self._group = self._find((options or {}).get("group") or self.settings.group or self.subject.groups[0].name)
+        chosen = check_keys(options, {"group": f'"{self.subject.groups[0].name}"'}, "options").get("group")
+        self._group = self._find(self.settings.group or self.subject.groups[0].name if chosen is None else chosen)
         self._open = True
         return self._observe(), {"group": self._group.name}
 
@@ -229,6 +236,26 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
         retraining = round_training(self.settings.retraining, self.settings.fine_tune, last=False)
         seed = round_seed(self.settings.repair.seed, 0)
         return self.trimmer.trim(plan, self.subject, retraining=retraining, seed=seed)
+
+
+def check_subject(subject: Subject, trimmer: Trimmer | None) -> None:
+    """Refuse a subject that does not come from the pristine network of `trimmer`.
+
+    Args:
+        subject: What is to be cut.
+        trimmer: The one that is shared; None = none is.
+
+    Raises:
+        UserError: No trimmer, or one that numbers other channels.
+    """
+    rule = "a subject must come with the trimmer that made it, in SelectFiltersEnv(trimmer=…, subject=…)"
+    if trimmer is None:
+        raise UserError(f"{rule}, but got no trimmer; give it")
+    whole = {group.name: group.width for group in trimmer.groups}
+    widths = {group.name: group.width for group in subject.groups}
+    fits = list(widths) == list(whole) and subject.plan.counts == widths
+    if not fits or any(max(subject.plan[name]) >= width for name, width in whole.items()):
+        raise UserError(f"{rule}, but its channels are not of that trimmer's network; give its own")
 
 
 def filter_rows(network: nn.Module, group: ChannelGroup) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """`prunegym/Trim-v0`: walk over the channel groups of a network and say how much of each to trim."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..pruning.checks import check_types
+from ..pruning.checks import check_keys, check_kind, check_types
 from ..pruning.cost import UNITS, CostModel
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
@@ -21,7 +21,7 @@ from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
 from ..pruning.widths import GroupSettings
 from .action import ActionRule, RoundTarget, make_action_rule
-from .default_task import default_task
+from .arguments import make_trimmer
 from .observation import Progress, check_observation, make_observation
 from .render import widths_image, widths_text
 from .reward import Outcome, Reward, RewardSettings
@@ -70,7 +70,6 @@ class TrimSettings:
             raise UserError(
                 f"budget must be in (0, 1], but got budget={self.budget}; it is the share of {self.budget_unit} to keep"
             )
-        check_types(self.reward)
         check_observation(self.observation)
         if self.rounds < 1 or self.retrain_updates < 0:
             raise UserError(
@@ -145,8 +144,8 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     "accuracy_floor": ψ · φ with the accepted drop b.
 
     ## Start, end
-    `reset(options={"budget": 0.4})` changes the budget for one episode. Episodes terminate after
-    groups × rounds steps and are never truncated.
+    `reset(options={"budget": 0.4})` changes the budget for one episode; other keys are refused. Episodes terminate
+    after groups × rounds steps and are never truncated.
 
     ## Info
     Each step: `group` (the group just decided). At the end of each round also `requested` and `executed` (share of
@@ -157,7 +156,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ## Arguments
     `task`: a `PruningTask`, by default embedded digits with a small LeNet; `settings`: `TrimSettings`;
     `render_mode`: "ansi" or "rgb_array" (bars of the widths kept); `trimmer`: share the measurements of another
-    environment in the same process.
+    environment in the same process, of the same task.
 
     ## Version history
     v0: first version.
@@ -174,15 +173,12 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UserError(f"render_mode must be one of {self.metadata['render_modes']}, but got {render_mode!r}")
-        self.settings = settings or TrimSettings()
+        where = type(self).__name__
+        self.settings = TrimSettings() if settings is None else check_kind(settings, TrimSettings, where)
         self.render_mode = render_mode
-        self.trimmer = trimmer or Trimmer(task or default_task(), self.settings.repair, self.settings.groups)
-        if self.trimmer.settings != self.settings.repair:
-            raise UserError("a shared trimmer must have the environment's repair settings, but they differ")
+        self.trimmer = make_trimmer(task, trimmer, self.settings.repair, self.settings.groups, where)
         if self.trimmer.lean and self.settings.observation == "full":
             raise UserError('a shared trimmer must measure everything for observation "full", but it is lean')
-        if self.trimmer.group_settings != self.settings.groups:
-            raise UserError("a shared trimmer must have the environment's group settings, but they differ")
         model = self.trimmer.cost_model
         self._rule = checked_rule(model, self.settings)
         self._observation = make_observation(self.settings.observation, model, self.trimmer.task.example)
@@ -204,7 +200,9 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Start from the pristine network; `options={"budget": share}` sets the budget of this episode."""
         super().reset(seed=seed)
-        budget = (options or {}).get("budget", self.settings.budget)
+        chosen = check_keys(options, {"budget": "0.4"}, "options")
+        settings = replace(self.settings, **chosen) if chosen else self.settings  # which know what a budget may be
+        budget = settings.budget
         self._rule.check(budget, self.settings.budget_unit)
         self._budget = budget
         self._subject = self.trimmer.pristine
@@ -373,8 +371,12 @@ def check_request(network: nn.Module, example_input: Tensor, settings: TrimSetti
     checked_rule(CostModel(network, groups, example_input, settings.groups), settings)
 
 
+class ActionError(UserError):
+    """An action that cannot be taken; where a policy chose it, the policy has diverged."""
+
+
 def _scalar(action: Any) -> float:
     value = np.asarray(action, dtype=np.float64).reshape(-1)
     if value.size != 1 or not np.isfinite(value[0]):
-        raise UserError(f"an action must be one finite number in [-1, 1], but got {action!r}")
+        raise ActionError(f"an action must be one finite number in [-1, 1], but got {action!r}")
     return float(np.clip(value[0], -1.0, 1.0))

@@ -15,7 +15,8 @@ from prunegym.agent import (
     prune,
     search,
 )
-from prunegym.agent.settings import TryAndLearnSettings
+from prunegym.agent.amc import amc
+from prunegym.agent.settings import AmcSettings, TryAndLearnSettings
 from prunegym.agent.try_and_learn import TryAndLearnResult, try_and_learn
 from prunegym.envs import SelectFiltersEnv, SelectSettings, TrimEnv, TrimSettings
 from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, UserError
@@ -25,6 +26,7 @@ from prunegym.pruning.export import export_network
 __version__ = version("prunegym")
 
 __all__ = [
+    "AmcSettings",
     "GroupSettings",
     "LearnerSettings",
     "MethodSettings",
@@ -41,6 +43,7 @@ __all__ = [
     "TryAndLearnSettings",
     "UserError",
     "__version__",
+    "amc",
     "export_network",
     "load_pruned",
     "prune",

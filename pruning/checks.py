@@ -1,15 +1,18 @@
 """Types and seeds of settings, checked once where they are made, so that nothing stops later without a reason."""
 
 import dataclasses
+import inspect
 import math
 import types
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, closest
+
+Kind = TypeVar("Kind")
 
 SEEDS = 2**63
 """Seeds lie below; PyTorch's generators take no more."""
@@ -46,6 +49,50 @@ def check_types(settings: Any) -> None:
             object.__setattr__(settings, field.name, value)  # the settings are frozen only after they are made
         if not _fits(value, hint):
             raise UserError(f"{field.name} must be {_words(hint)}, but got {repr(value)[:80]}")
+
+
+def check_kind(value: Any, kind: type[Kind], where: str, advice: str = "") -> Kind:
+    """Return an argument of a public function; refuse what is not of the kind that it works with.
+
+    Args:
+        value: What was given.
+        kind: Its class.
+        where: The function or class that was called, for the error.
+        advice: What to do; how a `kind` is made by default.
+
+    Raises:
+        UserError: Names the wanted kind and what came.
+    """
+    if isinstance(value, kind):
+        return value
+    came = repr(value)[:80] if value is None or isinstance(value, (str, Real)) else type(value).__name__
+    if not advice:
+        first = list(inspect.signature(kind).parameters)[:2]
+        advice = f"{kind.__name__}({', '.join(f'{name}=…' for name in first)}, …) makes one"
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise UserError(f"{where} needs {article} {kind.__name__}, but got {came}; {advice}")
+
+
+def check_keys(given: Any, known: Mapping[str, str], what: str) -> Mapping[str, Any]:
+    """Return a mapping of choices, empty for None; refuse what is no mapping, and keys that mean nothing.
+
+    Args:
+        given: What was given.
+        known: Each key that may be given, and an example of its value.
+        what: Its name in the error.
+
+    Raises:
+        UserError: Names the closest known key.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        example = ", ".join(f'"{key}": {value}' for key, value in known.items())
+        raise UserError(f"{what} must be a mapping such as {{{example}}}, but got {repr(given)[:80]}")
+    for key in given:
+        if key not in known:
+            raise UserError(f"{what} must hold known keys only, but got {key!r}{closest(str(key), known)}")
+    return given
 
 
 def check_seed(seed: Any, what: str = "seed") -> int:

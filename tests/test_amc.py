@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,18 +18,22 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from numpy.typing import NDArray
 from prunegym.agent import LearnerSettings, SearchSettings, search
+from prunegym.agent.amc import _cheapest
 from prunegym.agent.cli import read_config
-from prunegym.agent.history import History, SearchCallback
+from prunegym.agent.history import Evaluation, History, SearchCallback
 from prunegym.agent.learner import FallingNoise, make_environments, make_learner, noise_setter
 from prunegym.envs import TRIM, RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.envs.observation import AMC_FEATURES
-from prunegym.pruning import PruningTask, RepairSettings, Score, Trimmer, UserError, prepare_task
+from prunegym.pruning import PruningTask, RepairSettings, RetrainSettings, Score, Trimmer, UserError, prepare_task
+from prunegym.pruning.heuristics import Goal
 from stable_baselines3.common.env_checker import check_env as sb3_check
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 from toys import ToyConv, ToyMLP, ToyResidual, Wired, images, make
+
+from prunegym import AmcSettings, PruneSettings, amc
 
 NAMES = [feature.name for feature in AMC_FEATURES]
 REPAIR = RepairSettings("l1", recalibration_images=0)
@@ -40,6 +46,8 @@ AMC = TrimSettings(
     reward=RewardSettings(weights={"negative_error": 1.0}),
 )
 STEPS = 3  # groups of lenet_small
+FEW = AmcSettings(evaluations=12, warmup_episodes=4, candidates=2)
+UNTRAINED = RetrainSettings()
 
 
 def toy_env(network: Any, settings: TrimSettings, shape: Sequence[int] | None = None) -> TrimEnv:
@@ -314,6 +322,79 @@ def test_ddpg_climbs_a_known_landscape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.kept <= 0.7 for row in rows)
 
 
+# ---- what `amc` decides ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trimmer() -> Trimmer:
+    return Trimmer(default_task(), REPAIR)
+
+
+def evaluated(drop: float, macs: int, params: int, loss: float, width: int, trimmer: Trimmer) -> Evaluation:
+    """Return the record of a finished episode that lost `drop` and keeps `width` channels of conv1."""
+    return Evaluation(
+        evaluation=width, episode=width, round=1, accuracy=trimmer.baseline.accuracy - drop, loss=loss, kept=0.5,
+        params=params, macs=macs, reward=-1.0, widths={}, plans=({"conv1": list(range(width))},),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("unit", "width"), [("macs", 3), ("params", 5)])
+def test_the_cheapest_plan_within_the_drop_is_built(unit: str, width: int, trimmer: Trimmer) -> None:
+    rows = [
+        evaluated(0.00, macs=900, params=800, loss=0.1, width=1, trimmer=trimmer),
+        evaluated(0.04, macs=500, params=700, loss=0.4, width=2, trimmer=trimmer),
+        evaluated(0.05, macs=500, params=700, loss=0.3, width=3, trimmer=trimmer),
+        evaluated(0.06, macs=100, params=100, loss=0.2, width=4, trimmer=trimmer),  # loses too much
+        evaluated(0.01, macs=600, params=300, loss=0.9, width=5, trimmer=trimmer),
+        replace(evaluated(0.01, macs=100, params=100, loss=0.2, width=6, trimmer=trimmer), reward=None),
+    ]
+    training = RetrainSettings(updates=7)
+    schedule = _cheapest(trimmer, Goal(None, unit, accepted_drop=0.05), History(rows=rows), training)
+    (only,) = schedule.rounds
+    assert dict(only.plan) == {"conv1": tuple(range(width))}
+    assert (only.retrain_updates, schedule.retrain_updates, schedule.repair) == (7, 7, REPAIR)
+
+
+def test_without_a_plan_within_the_drop_the_best_is_named(trimmer: Trimmer) -> None:
+    rows = [evaluated(drop, macs=5, params=5, loss=0.1, width=2, trimmer=trimmer) for drop in (0.4, 0.1, 0.3)]
+    best = 100 * (trimmer.baseline.accuracy - 0.1)
+    with pytest.raises(UserError, match=rf"no plan within 5 points of the original's .*; its best has {best:.2f} %;"):
+        _cheapest(trimmer, Goal(None, "macs", accepted_drop=0.05), History(rows=rows), UNTRAINED)
+
+
+@pytest.mark.parametrize(
+    ("budget", "retraining"),
+    [
+        (0.1, UNTRAINED),
+        (None, RetrainSettings(updates=60, batch_size=32, learning_rate=0.5, clip_norm=0.0)),  # which ruins it
+    ],
+)
+def test_a_finished_network_that_lost_more_is_refused(
+    budget: float | None, retraining: RetrainSettings, trimmer: Trimmer
+) -> None:
+    """Under a budget, and where plans within the drop were found, but training spoils the one that is built."""
+    lenient = Goal(budget, "params", accepted_drop=1.0)
+    strict = replace(lenient, accepted_drop=0.02)
+    with pytest.raises(UserError, match="more than the accepted 2; accept more, raise the budget") as caught:
+        amc(trimmer, strict, FEW, retraining=retraining, seed=5)
+    found = re.match(r"amc lost (\d+\.\d\d) points", str(caught.value))
+    assert found is not None
+    if budget is not None:  # the same plan is delivered where all may be lost, and its loss is what was named
+        made = amc(trimmer, lenient, FEW, retraining=retraining, seed=5)
+        drop = trimmer.baseline.accuracy - trimmer.score(made.network).accuracy
+        assert float(found[1]) == pytest.approx(100 * drop, abs=0.005)
+    assert float(found[1]) > 2
+
+
+def test_the_global_random_states_are_left_alone(trimmer: Trimmer) -> None:
+    torch.manual_seed(77)
+    np.random.seed(77)  # noqa: NPY002
+    random.seed(77)
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    amc(trimmer, Goal(0.5), FEW, retraining=RetrainSettings(updates=2, batch_size=32), seed=1)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state[1])  # noqa: NPY002
+    assert random.getstate() == python_state
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("make_it", "message"),
@@ -324,11 +405,80 @@ def test_ddpg_climbs_a_known_landscape(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (lambda: LearnerSettings(warmup_episodes=-1), "warmup_episodes must be at least 0, but got -1"),
         (lambda: LearnerSettings(warmup_episodes=1.5), "warmup_episodes must be"),  # type: ignore[arg-type]
+        (
+            lambda: RewardSettings(weights={"psi_phi": "a"}),  # type: ignore[dict-item]
+            "weights must be a mapping of finite numbers, but got {'psi_phi': 'a'}",
+        ),
+        (lambda: RewardSettings(weights={3: 1.0}), "must be a known name, but got 3; known are"),  # type: ignore[dict-item]
+        (lambda: RewardSettings(accepted_drop="2"), "accepted_drop must be a finite number"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_settings_are_refused(make_it: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_it()
+
+
+def call(**changes: Any) -> Any:
+    given: dict[str, Any] = {"trimmer": Trimmer(default_task(), REPAIR), "goal": Goal(0.5), "retraining": UNTRAINED}
+    return amc(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: call(settings=PruneSettings()), "amc needs an AmcSettings, but got PruneSettings; AmcSettings"),
+        (lambda: call(settings={}), "amc needs an AmcSettings, but got dict"),
+        (lambda: call(trimmer=default_task()), "amc needs a Trimmer, but got PruningTask; Trimmer.task=…, settings="),
+        (lambda: call(goal=0.5), "amc needs a Goal, but got 0.5"),
+        (lambda: call(retraining=None), "amc needs a RetrainSettings, but got None"),
+        (lambda: call(seed=-1), "seed must be a whole number from 0"),
+        (lambda: search(default_task(), settings={}), "search needs a SearchSettings, but got dict"),
+        (lambda: search(default_task(), run_folder="runs/x"), "search needs a RunFolder, but got 'runs/x'"),
+        (lambda: search(default_task(), progress=print), "search needs a Progress, but got"),
+        (lambda: TrimEnv(default_task(), {"budget": 0.5}), "TrimEnv needs a TrimSettings, but got dict"),
+        (lambda: TrimEnv(default_task(), {}), "TrimEnv needs a TrimSettings, but got dict"),
+        (lambda: TrimEnv(default_task().network), "TrimEnv needs a PruningTask, but got"),
+        (lambda: gym.make(TRIM, task=()), "TrimEnv needs a PruningTask, but got tuple"),
+        (lambda: TrimEnv(trimmer=default_task()), "TrimEnv needs a Trimmer, but got PruningTask"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(make_it: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_it()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("f.0", "options must be a mapping such as {\"budget\": 0.4}, but got 'f.0'"),
+        ({"budgte": 0.4}, "options must hold known keys only, but got 'budgte'; did you mean 'budget'"),
+        ({"budget": "a"}, "budget must be a finite number or None, but got 'a'"),
+        ({"budget": 1.5}, r"budget must be in \(0, 1\], but got budget=1.5"),
+    ],
+)
+def test_options_of_reset_are_never_ignored(options: Any, message: str, trimmer: Trimmer) -> None:
+    env = TrimEnv(settings=AMC, trimmer=trimmer)
+    with pytest.raises(UserError, match=message):
+        env.reset(options=options)
+
+
+def test_a_budget_for_one_episode_is_needed_where_the_reward_compares() -> None:
+    with pytest.raises(UserError, match="objective 'budget' needs a budget"):
+        TrimEnv(settings=replace(AMC, reward=RewardSettings())).reset(options={"budget": None})
+    free, _ = TrimEnv(settings=AMC).reset(options={"budget": None})
+    assert free.shape == (11,)
+
+
+def test_a_shared_trimmer_is_of_the_same_task(trimmer: Trimmer) -> None:
+    other = toy_env(make(ToyConv), AMC).trimmer.task
+    with pytest.raises(UserError, match="a shared trimmer must be of the environment's task, but it is of another"):
+        TrimEnv(other, AMC, trimmer=trimmer)
+    assert TrimEnv(default_task(), AMC, trimmer=trimmer).trimmer is trimmer
+
+
+def test_an_agent_that_diverged_is_not_the_users_action(trimmer: Trimmer) -> None:
+    with pytest.raises(UserError, match=r"DDPG diverged; lower learning_rate, which is 1e\+30"):
+        amc(trimmer, Goal(0.5), replace(FEW, learning_rate=1e30), retraining=UNTRAINED)
 
 
 def test_a_warm_up_is_not_for_algorithms_that_learn_on_policy() -> None:

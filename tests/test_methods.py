@@ -279,6 +279,9 @@ def test_bad_requests(task: PruningTask) -> None:
     assert PruneSettings(compensation="none").compensation == "delete"
     with pytest.raises(UserError, match="prune needs a PruningTask, but got Linear"):
         prune(nn.Linear(2, 2), PruneSettings())  # type: ignore[arg-type]
+    for settings, came in (("l1", "'l1'"), ({}, "dict"), ({"method": "l1"}, "dict"), (None, "None")):
+        with pytest.raises(UserError, match=f"prune needs a PruneSettings, but got {came}; PruneSettings.method=…"):
+            prune(task, settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from numpy.typing import NDArray
-from prunegym.envs import SELECT_FILTERS, SelectFiltersEnv, SelectSettings
+from prunegym.envs import SELECT_FILTERS, SelectFiltersEnv, SelectSettings, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.envs.select import LARGEST, filter_rows
 from prunegym.pruning import (
@@ -47,6 +48,14 @@ def task() -> PruningTask:
 @pytest.fixture(scope="module")
 def trimmer(task: PruningTask) -> Trimmer:
     return Trimmer(task, REPAIR)
+
+
+@pytest.fixture(scope="module")
+def mlp(task: PruningTask) -> PruningTask:
+    """The same data and another network, whose only group is called 1."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
+    return PruningTask(network, task.train, task.reward, task.selection, task.test)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +256,8 @@ def test_reset_and_settings_choose_the_group(env: SelectFiltersEnv, trimmer: Tri
     other = SelectFiltersEnv(settings=replace(QUICK, group="fc1"), trimmer=trimmer)
     assert other.reset()[1] == {"group": "fc1"}
     assert other.reset(options={"group": "conv2"})[1] == {"group": "conv2"}
-    assert other.reset(options={})[1] == {"group": "fc1"}
+    for default in ({}, None, {"group": None}):
+        assert other.reset(options=default)[1] == {"group": "fc1"}
     assert env.reset()[1] == {"group": "conv1"}
 
 
@@ -329,6 +339,60 @@ def test_mistakes_are_named(env: SelectFiltersEnv, trimmer: Trimmer) -> None:
     for wrong in (np.ones(8, np.int8), np.full(64, 2), np.full(64, np.nan)):
         with pytest.raises(UserError, match="an action must be 64 numbers, each 0 or 1"):
             env.step(wrong)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda task: SelectFiltersEnv(task, {"fine_tune": 1}), "needs a SelectSettings, but got dict; SelectSettings"),
+        (lambda task: SelectFiltersEnv(task, {}), "needs a SelectSettings, but got dict"),
+        (lambda task: SelectFiltersEnv(task, TrimSettings()), "needs a SelectSettings, but got TrimSettings"),
+        (lambda task: SelectFiltersEnv(task.network), "needs a PruningTask, but got .*; PruningTask.network=…, train="),
+        (lambda task: gym.make(SELECT_FILTERS, task=(1, 2)), "SelectFiltersEnv needs a PruningTask, but got tuple"),
+        (lambda task: SelectFiltersEnv(trimmer=task), "needs a Trimmer, but got PruningTask"),
+        (lambda task: SelectFiltersEnv(task, subject=0), "needs a Subject, but got 0; Trimmer.examine_trimmed"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(make_it: Callable[[Any], Any], message: str, task: PruningTask) -> None:
+    with pytest.raises(UserError, match=message):
+        make_it(task)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("f.0", 'options must be a mapping such as {"group": "conv1"}, but got \'f.0\''),
+        ({"gruop": "fc1"}, "options must hold known keys only, but got 'gruop'; did you mean 'group'"),
+        ({"group": "fc1", 3: 4}, "options must hold known keys only, but got 3; known are group"),
+        ({"group": ""}, "group must be a group that may be cut, but got ''; known are conv1, conv2, fc1"),
+        ({"group": 0}, "group must be a group that may be cut, but got 0; known are"),
+    ],
+)
+def test_options_of_reset_are_never_ignored(options: Any, message: str, env: SelectFiltersEnv) -> None:
+    with pytest.raises(UserError, match=message):
+        env.reset(options=options)
+
+
+def test_a_shared_trimmer_is_of_the_same_task(task: PruningTask, mlp: PruningTask, trimmer: Trimmer) -> None:
+    with pytest.raises(UserError, match="a shared trimmer must be of the environment's task, but it is of another"):
+        SelectFiltersEnv(mlp, QUICK, trimmer=trimmer)
+    assert SelectFiltersEnv(task, QUICK, trimmer=trimmer).trimmer is trimmer
+
+
+def test_a_subject_comes_with_its_trimmer(task: PruningTask, mlp: PruningTask, trimmer: Trimmer) -> None:
+    foreign = Trimmer(mlp, REPAIR)
+    with pytest.raises(UserError, match=r"a subject must come with the trimmer that made it, .*, but got no trimmer"):
+        SelectFiltersEnv(task, QUICK, subject=foreign.pristine)
+    wider = copy.deepcopy(task.network)
+    wider.conv1 = nn.Conv2d(1, 9, 5)  # the names of the groups are the same
+    wider.conv2 = nn.Conv2d(9, 16, 5)
+    nine = Trimmer(PruningTask(wider, task.train, task.reward, task.selection, task.test), REPAIR)
+    of_nine = nine.examine_trimmed(nine.trim(PruningPlan({"conv1": [0, 2, 8]})))
+    for subject in (foreign.pristine, nine.pristine, of_nine):
+        with pytest.raises(UserError, match="its channels are not of that trimmer's network; give its own"):
+            SelectFiltersEnv(settings=QUICK, trimmer=trimmer, subject=subject)
+    _, info = play(SelectFiltersEnv(settings=QUICK, trimmer=nine, subject=of_nine), "conv1", [1, 2])
+    assert info["plan"]["conv1"] == [2, 8]
 
 
 def test_step_needs_reset(trimmer: Trimmer) -> None:
