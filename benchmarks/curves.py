@@ -35,7 +35,7 @@ COLOURS = {
     "taylor_2017": "#2f6db3", "taylor_2019": "#5aa9e6", "apoz": "#d1762a", "mean_activation": "#4a9d5b",
     "l1": "#9a4f96", "l2": "#c98bc4", "random": "#8a8f98",
 }  # fmt: skip
-MARKS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.25)
+MARKS = (0.8, 0.6, 0.5, 0.4, 0.3)
 """Shares of the MACs at which the curves are read."""
 
 
