@@ -1,11 +1,12 @@
 """A policy for `SelectFilters-v0` that treats every filter alike, so that its size is that of one filter; its returns.
 
     filters (B, N, entries) -> codes (B, N, hidden) -> mean code (B, hidden) = context
-    code and context -> a keep logit for each filter (B, N);  context -> value (B, 1)
+    code, normalised over the filters, and context -> a keep logit for each filter (B, N);  context -> value (B, 1)
 
 Try-and-learn (Huang et al. 2018) runs convolutions over the matrix of a layer's filters, with an output unit for each.
 Ours shares one encoder: the number of parameters does not depend on the number of filters, and filters in another order
-have the same logits in that order.
+have the same logits in that order. What all filters of a layer have in common is taken off their codes: otherwise one
+update moves all of them together, and the layer is dropped or kept whole before any filter is told from another.
 """
 
 import math
@@ -27,6 +28,13 @@ from ..pruning.errors import UserError
 PADDING_LOGIT = -200.0
 """Padding is dropped with a probability of exactly 1 in float32: log-probability, entropy and gradient are 0."""
 
+NEARLY_EQUAL = 1e-5
+"""Added to the variance of codes over a layer's filters, so that filters that are all alike are not told apart."""
+
+
+class DivergedError(UserError):
+    """The policy's logits are not finite any more."""
+
 
 class FilterEncoder(BaseFeaturesExtractor):
     """Encode each filter by itself: {"filters": (B, N, entries), "mask": (B, N)} -> (B, N, hidden + 1).
@@ -42,8 +50,8 @@ class FilterEncoder(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim=hidden + 1)
         entries = observation_space["filters"].shape[1]  # type: ignore[index]
         self.encoder = nn.Sequential(
-            nn.Linear(entries, hidden), nn.LayerNorm(hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()
-        )
+            nn.Linear(entries, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.Tanh()
+        )  # not odd and not scaled away: a filter's size is part of its code, whatever its sign
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         """Return the codes, and the mask beside them."""
@@ -76,10 +84,24 @@ class FilterHeads(nn.Module):
         return self.forward_actor(features), self.forward_critic(features)
 
     def forward_actor(self, features: Tensor) -> Tensor:
-        """Return (B, N) keep logits; those of padding are `PADDING_LOGIT`."""
+        """Return (B, N) keep logits; those of padding are `PADDING_LOGIT`.
+
+        Raises:
+            DivergedError: A logit is not finite.
+        """
         codes, mask = features[..., :-1], features[..., -1]
-        context = self.forward_critic(features).unsqueeze(1).expand_as(codes)  # (B, hidden) -> (B, N, hidden)
-        logits = self.last(torch.tanh(self.first(torch.cat((codes, context), -1)))).squeeze(-1)
+        there = mask.unsqueeze(-1)  # (B, N) -> (B, N, 1)
+        context = self.forward_critic(features).unsqueeze(1)  # (B, hidden) -> (B, 1, hidden)
+        apart = (codes - context) * there
+        spread = (apart.square().sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1) + NEARLY_EQUAL).sqrt()
+        logits = self.last(torch.tanh(self.first(torch.cat((apart / spread, context.expand_as(codes)), -1)))).squeeze(
+            -1
+        )
+        if not torch.isfinite(logits).all():
+            raise DivergedError(
+                "the policy's keep logits must stay finite, but they are not; lower its learning rate or the weight of "
+                "its entropy"
+            )
         return torch.where(mask > 0, logits, torch.full_like(logits, PADDING_LOGIT))
 
     def forward_critic(self, features: Tensor) -> Tensor:

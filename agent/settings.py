@@ -150,7 +150,7 @@ class TryAndLearnSettings:
             )
 
     def drop_for(self, goal: Goal | None) -> float:
-        """Return b: the settings' own, else the goal's, else 0.02; a goal that accepts no drop has no b to divide by."""
+        """Return b: the settings' own, else the goal's, else 0.02; a goal of no drop at all has none to divide by."""
         if self.accepted_drop is not None:
             return self.accepted_drop
         return (goal.accepted_drop if goal else None) or 0.02

@@ -4,8 +4,9 @@ Source: Huang, Zhou, You, Neumann, "Learning to Prune Filters in Convolutional N
 1801.07365): from the lowest layer to the highest, a policy network of its own for each reads the layer's raw filter
 weights and keeps or drops every filter; the network is cut, fine-tuned a little and scored, the reward is ψ · φ (see
 `SelectFiltersEnv`); REINFORCE with five samples an update and normalised returns; then the layer is cut, the network is
-fine-tuned, and the next layer follows. Ours are the policy that treats all filters alike (`filterwise`), that the best
-action of all tried is taken, the exact stop at a budget, and that a layer stays whole where nothing tried pays.
+fine-tuned, and the next layer follows. Ours are the policy that treats all filters alike (`filterwise`), the weight of
+its entropy, that the best action of all tried is taken, that a layer stays whole where nothing tried pays, and the
+whole rule by which a budget is met: the published method knows only the accepted drop.
 """
 
 import math
@@ -20,7 +21,8 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..envs.select import SelectFiltersEnv, SelectSettings, filter_rows
-from ..pruning.checks import check_seed
+from ..pruning.budget import solve_counts
+from ..pruning.checks import check_kind, check_seed
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError, closest
 from ..pruning.groups import ChannelGroup
@@ -29,9 +31,15 @@ from ..pruning.heuristics.rounds import Decision, Pace, prune_in_rounds
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
 from ..pruning.trimmer import Subject, Trimmer
-from .filterwise import FilterwisePolicy, NormalisedReturns
+from .filterwise import DivergedError, FilterwisePolicy, NormalisedReturns
 from .randomness import derive_seed, random_state_kept
 from .settings import TryAndLearnSettings
+
+RESERVE = 0.75
+"""Of the widths that the uniform plan would leave the later layers, an earlier layer leaves them this share."""
+
+FIXED = 1000.0
+"""A score so high that a layer that is not to be decided stays as it is, whatever the budget."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,11 @@ def try_and_learn(
     Args:
         trimmer: Task and settings; its criterion is of no account. The published repair is none ("delete").
         goal: With a budget, pruning ends at the layer that meets it: that layer keeps just as many filters as the
-            budget allows, those that were chosen and the likeliest of the others; no layer keeps more than the later
-            ones can make up for. With an accepted drop, it ends before the first layer after whose training more is
-            lost. `Goal(accepted_drop=1.0)`, with b in the settings, goes through all layers as published.
+            budget allows, those that were chosen and the likeliest of the others. No layer keeps so many that the
+            budget would leave the later ones less than three quarters of their widths in the uniform plan of the
+            layers that are still to be decided. With an accepted drop, it ends before the first layer after whose
+            training more is lost. `Goal(accepted_drop=1.0)`, with b in the settings, goes through all layers as
+            published.
         settings: See `TryAndLearnSettings`.
         retraining: `updates` (or epochs) is the total over all layers; the other values hold for each, but only the
             training after the last one looks at the selection split (`check_every`, `patience`).
@@ -99,11 +109,11 @@ def try_and_learn(
         evaluated: Called with the number of networks tried so far, over all layers.
 
     Raises:
-        UserError: A pattern matches no layer, the layers cannot reach the budget (what they reach is named), or the
-            first layer already loses more than accepted.
+        UserError: Settings of another kind, a pattern that matches no layer, layers that cannot reach the budget (what
+            they reach is named), a policy that diverges, or a first layer that already loses more than accepted.
     """
     check_seed(seed)
-    settings = settings or TryAndLearnSettings()
+    settings = check_kind(TryAndLearnSettings() if settings is None else settings, TryAndLearnSettings, "try_and_learn")
     settings = replace(settings, accepted_drop=settings.drop_for(goal))
     retraining = retraining.resolved(len(trimmer.task.train))
     order = check_layers(trimmer.cost_model, trimmer.groups, goal, settings)
@@ -157,8 +167,14 @@ class _LayerByLayer:
         """Learn on one layer, choose, and bring the choice within the budget."""
         name = self._order[place]
         group = next(group for group in subject.groups if group.name == name)
-        with random_state_kept():
-            tries, probabilities = self._learn(subject, group, derive_seed(self._seed, f"layer{place}"))
+        try:
+            with random_state_kept():
+                tries, probabilities = self._learn(subject, group, derive_seed(self._seed, f"layer{place}"))
+        except DivergedError as error:
+            raise UserError(
+                f"the policy of layer {name} must stay finite, but it diverged; lower learning_rate, which is "
+                f"{self._settings.learning_rate:g}, or entropy, which is {self._settings.entropy:g}"
+            ) from error
         best = max(tries, key=lambda info: (_reward(info), -info["loss"]))
         chosen: Literal["tried", "policy", "whole"] = "policy" if best is tries[-1] else "tried"
         keep = best["executed"]
@@ -238,23 +254,36 @@ class _LayerByLayer:
         probabilities: NDArray[np.float64],
         later: list[str],
     ) -> list[int]:
-        """Return what stays: what was chosen, fewer where the later layers could not make up for it, more where the
-        budget is met with filters to spare.
+        """Return what stays: what was chosen, fewer where too little would be left for the later layers, more where
+        the budget is met with filters to spare.
         """
         if self._goal.budget is None:
             return keep
         model = self._trimmer.cost_model
         present = np.array([each.width for each in subject.groups], dtype=np.int64)
         place = model.names.index(group.name)
-        narrowest = model.allowed.smallest(present)
-        still = np.array([each.name in later for each in subject.groups])
-        most = self._widest(place, np.where(still, narrowest, present), present)
+        most = self._widest(place, self._reserved(place, present, later), present)
         stays, likely = set(keep), [int(channel) for channel in np.argsort(-probabilities, kind="stable")]
         if len(keep) > most:
             return sorted([channel for channel in likely if channel in stays][:most])
         spare = self._widest(place, present, present) - len(keep)
         others = [channel for channel in likely if channel not in stays]
         return sorted([*keep, *others[: max(0, spare)]])
+
+    def _reserved(self, place: int, present: NDArray[np.int64], later: list[str]) -> NDArray[np.int64]:
+        """Return (groups,) widths: of the later layers what is left for them, of all others what they have.
+
+        The uniform plan shares what the budget has left between group `place` and the later layers; with these at
+        `RESERVE` of it, that group can always be as wide as there.
+        """
+        model, goal = self._trimmer.cost_model, self._goal
+        still = np.array([name in later for name in model.names])
+        undecided = still.copy()
+        undecided[place] = True
+        scores = np.where(undecided, 0.0, FIXED)
+        uniform = solve_counts(model, scores, goal.budget or 1.0, goal.unit, widths=present)
+        reserve = model.allowed.not_above((RESERVE * uniform).astype(np.int64), present)
+        return np.where(still, reserve, present)
 
     def _widest(self, place: int, counts: NDArray[np.int64], present: NDArray[np.int64]) -> int:
         """Return the most filters of group `place` with which `counts` meet the budget, or the fewest allowed."""

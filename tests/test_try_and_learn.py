@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from prunegym.agent.filterwise import FilterwisePolicy, NormalisedReturns
+from prunegym.agent.filterwise import FilterEncoder, FilterwisePolicy, NormalisedReturns
 from prunegym.agent.settings import TryAndLearnSettings
 from prunegym.agent.try_and_learn import TryAndLearnResult, try_and_learn
 from prunegym.envs import SelectFiltersEnv, SelectSettings
@@ -124,6 +125,40 @@ def test_a_filter_is_judged_beside_the_others() -> None:
     other = {**shown, "filters": shown["filters"].copy()}
     other["filters"][5] *= -3.0
     assert (logits_of(policy, shown)[:5] - logits_of(policy, other)[:5]).abs().min() > 1e-4
+
+
+def test_logits_by_hand() -> None:
+    """Codes with mean 0 and standard deviation 1 over the filters, the mean code beside them."""
+    policy, shown = make_policy(12), observe(12, 9)
+    weights = {name: value.double().numpy() for name, value in policy.state_dict().items()}
+
+    def layer(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return values @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    encoder, heads = "features_extractor.encoder", "mlp_extractor"
+    codes = np.tanh(layer(f"{encoder}.2", np.maximum(layer(f"{encoder}.0", shown["filters"][:9].astype(float)), 0)))
+    apart = (codes - codes.mean(0)) / np.sqrt(codes.var(0) + 1e-5)
+    both = np.concatenate((apart, np.tile(codes.mean(0), (9, 1))), axis=1)
+    expected = layer(f"{heads}.last", np.tanh(layer(f"{heads}.first", both)))[:, 0]
+    np.testing.assert_allclose(logits_of(policy, shown)[:9].numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_untrained_code_knows_a_filters_size_and_sign() -> None:
+    encoder = FilterEncoder(spaces(1)[0])
+    rows = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        code, twice, mirrored = (
+            encoder({"filters": factor * rows, "mask": torch.ones(1, 8)})[..., :-1] for factor in (1.0, 2.0, -1.0)
+        )
+    assert (twice - code).abs().mean() > 0.01
+    assert (mirrored + code).abs().mean() > 0.01
+
+
+def test_filters_that_are_alike_have_the_same_logit() -> None:
+    shown = observe(5, 5)
+    shown["filters"][:] = shown["filters"][0]
+    logits = logits_of(make_policy(5), shown)
+    torch.testing.assert_close(logits, logits[:1].expand(5), rtol=1e-4, atol=1e-4)
 
 
 def test_log_probability_and_entropy_by_hand_without_padding() -> None:
@@ -415,6 +450,24 @@ def test_early_layers_leave_the_later_ones_a_budget_they_can_meet(trimmer: Trimm
         try_and_learn(trimmer, Goal(least * 0.999), settings, retraining=NONE)
 
 
+def test_what_is_reserved_for_later_layers_by_hand(trimmer: Trimmer) -> None:
+    """A policy that drops nothing takes all that it may; costs in parameters, the budget is 5370 of them (4-8-32).
+
+    conv1 keeps 8: 3/4 of the uniform plan's 8 and 32 are left, and 8-6-24 costs 3992. conv2: the uniform plan of the
+    rest is 8-7-30 (5315), int(3/4 · 30) = 22 are left for fc1, and 208 + 201 c + 22 (16 c + 1) + 230 <= 5370 up to
+    c = 8. fc1: 208 + 1608 + 129 f + 10 (f + 1) <= 5370 up to f = 25.
+    """
+    budget = share({"conv1": 4, "conv2": 8, "fc1": 32}, "params")
+    settings = replace(FEW, evaluations=6, initial_keep=1 - 1e-7, entropy=0.0)
+    made = try_and_learn(trimmer, Goal(budget), settings, retraining=NONE)
+    assert made[-1].plan.counts == {"conv1": 8, "conv2": 8, "fc1": 25}
+    assert [(layer.chosen, layer.forced) for layer in made.layers] == [
+        ("whole", False),
+        ("whole", True),
+        ("whole", True),
+    ]
+
+
 def test_widths_are_allowed_ones() -> None:
     groups = GroupSettings(channel_multiple=4, minimum_width=4)
     trimmer = Trimmer(default_task(), REPAIR, groups)
@@ -436,12 +489,30 @@ def test_an_accepted_drop_is_kept_to(trimmer: Trimmer) -> None:
     assert len(made.layers) - len(made) == (made.stopped_by == "accuracy")
 
 
+def test_a_goal_that_accepts_no_drop_has_the_default_b() -> None:
+    """Useless units leave at no loss, and ψ is not divided by 0."""
+    assert [TryAndLearnSettings().drop_for(goal) for goal in (None, Goal(0.5), Goal(accepted_drop=0.0))] == [0.02] * 3
+    assert TryAndLearnSettings().drop_for(Goal(accepted_drop=0.03)) == 0.03
+    assert TryAndLearnSettings(accepted_drop=0.05).drop_for(Goal(accepted_drop=0.0)) == 0.05
+    trimmer = Trimmer(known_task(USELESS), RepairSettings(compensation="delete", recalibration_images=0))
+    settings = TryAndLearnSettings(evaluations=100)
+    made = try_and_learn(trimmer, Goal(accepted_drop=0.0), settings, retraining=NONE)
+    (layer,) = made.layers
+    for reward, accuracy, width in zip(layer.rewards, layer.accuracies, layer.widths, strict=True):
+        assert reward == pytest.approx((0.02 - (1.0 - accuracy)) / 0.02 * math.log(16 / width))
+    assert 10 <= layer.kept < 16
+    assert made[-1].built.after_retraining.accuracy == 1.0
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 def test_mistakes_are_named(trimmer: Trimmer) -> None:
     with pytest.raises(UserError, match="layers must match layers that may be cut, but 'conv3' matches none; did you"):
         try_and_learn(trimmer, ALL, replace(FEW, layers=("conv3",)), retraining=NONE)
     with pytest.raises(UserError, match=r"budget must be reachable, but got budget=0\.001"):
         try_and_learn(trimmer, Goal(0.001), retraining=NONE)
+    other: Any = REPAIR
+    with pytest.raises(UserError, match="try_and_learn needs a TryAndLearnSettings, but got RepairSettings"):
+        try_and_learn(trimmer, ALL, other, retraining=NONE)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"accepted_drop": 0.0}, "accepted_drop must be in"),
         ({"evaluations": 5}, "evaluations larger, but got 5 and 5"),
@@ -455,3 +526,15 @@ def test_mistakes_are_named(trimmer: Trimmer) -> None:
     for values, text in wrong:
         with pytest.raises(UserError, match=text):
             TryAndLearnSettings(**values)
+
+
+@pytest.mark.parametrize("settings", [{"entropy": 1e30}, {"learning_rate": 1e37}])
+def test_a_policy_that_diverges_is_named(settings: dict[str, float], trimmer: Trimmer) -> None:
+    """The training goes wrong, not the network's: the settings that make it so are named with their values."""
+    chosen = replace(FEW, initial_keep=0.5, layers=("conv1",), **settings)
+    text = (
+        "policy of layer conv1 must stay finite, but it diverged; lower learning_rate, which is "
+        f"{chosen.learning_rate:g}, or entropy, which is {chosen.entropy:g}"
+    )
+    with pytest.raises(UserError, match=re.escape(text)):
+        try_and_learn(trimmer, ALL, chosen, retraining=NONE)
