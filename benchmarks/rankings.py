@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--table", help="Markdown file to write")
-    parser.add_argument("--updates", type=int, default=200, help="of retraining, for every network")
+    parser.add_argument("--updates", type=int, default=80, help="of retraining, for every network")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the MACs")
     options, rest = parser.parse_known_args()
     config = read_config([options.config, *rest])
@@ -53,7 +53,7 @@ def main() -> int:
     trim = config.search.trim
     settings = PruneSettings(
         budget=options.keep, budget_unit="macs", seed=config.search.seed, repair=RepairSettings(),
-        retraining=replace(trim.retraining, updates=options.updates, epochs=0.0),
+        retraining=replace(trim.retraining, updates=options.updates, epochs=0.0, distillation=0.0),
     )  # fmt: skip
     kinds = [(name, *scope) for name in CRITERIA for scope in SCOPES] + list(ALSO)
     rows = []
