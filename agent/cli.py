@@ -121,7 +121,7 @@ def prune_command(arguments: list[str]) -> int:
         task = load_task(config, progress, check=lambda network, one: check_method(network, one, settings))
         progress.say(f"run folder: {run.path}")
         updates = max(1, settings.retraining.resolved(len(task.train)).updates)
-        with progress.updates(method.name, updates) as show, progress.tries(method.name) as tell:
+        with progress.updates(method.name, updates) as show, progress.updates(method.name, None, "eval") as tell:
             made = prune(task, settings, progress=show, evaluated=tell)
     except (Exception, KeyboardInterrupt):
         run.discard()

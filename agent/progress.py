@@ -27,34 +27,18 @@ class Progress:
             Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
     @contextmanager
-    def updates(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def updates(self, label: str, total: int | None, unit: str = "update") -> Iterator[Callable[[int], None]]:
         """Show a bar of optimizer steps (`total` None: not known yet); yields a function that takes the number done.
 
         The bar appears with the first step: there may be none, where weights are given or kept from an earlier run.
+        Another `unit`, such as "eval", counts what else may or may not come.
         """
         bar: Any = None
 
         def show(done: int) -> None:
             nonlocal bar
             if bar is None:
-                bar = self._bar(label, total, "update")
-            bar.update(done - bar.n)
-
-        try:
-            yield show
-        finally:
-            if bar is not None:
-                bar.close()
-
-    @contextmanager
-    def tries(self, label: str) -> Iterator[Callable[[int], None]]:
-        """Show how many networks were scored, if any are; yields a function that takes the number."""
-        bar: Any = None
-
-        def show(done: int) -> None:
-            nonlocal bar
-            if bar is None:
-                bar = self._bar(label, None, "eval")
+                bar = self._bar(label, total, unit)
             bar.update(done - bar.n)
 
         try:

@@ -13,6 +13,7 @@ from ..pruning.compensation import get_compensation
 from ..pruning.cost import CostModel
 from ..pruning.grouping import find_groups
 from ..pruning.heuristics import Goal, Pruned
+from ..pruning.heuristics.data_free import published_merges
 from ..pruning.retraining import RetrainSettings
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import RepairSettings, Trimmer
@@ -132,6 +133,6 @@ def check_method(network: nn.Module, example: Tensor, settings: PruneSettings) -
 
 def published_repair(settings: PruneSettings) -> str:
     """Return the compensation that a method was published with."""
-    if settings.method == "data_free" and not settings.methods.data_free.bias:
-        return "data_free_weights"
+    if settings.method == "data_free":
+        return published_merges(settings.methods.data_free)
     return get_method(settings.method).compensation

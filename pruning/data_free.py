@@ -1,25 +1,15 @@
 """Repair by the merges of data-free pruning (Srinivas & Babu 2015); `saliency` says what is published and what ours."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from .affine import (
-    Stage,
-    activation_of,
-    by_channel,
-    compare,
-    nonzero,
-    norm_stage,
-    norms_before,
-    norms_behind,
-    stages_of,
-)
-from .groups import ChannelGroup, IndexArray
-from .layers import FloatArray
-from .merging import Substitution, constants, position_by_position
+from .affine import Stage, activation_of, compare, nonzero, norms_behind
+from .groups import ChannelGroup
+from .merging import StandIns, Substitution, constants, for_readers
 from .saliency import NOBODY, MergeSequence, merge_problem, merge_sequence
 
 
@@ -45,25 +35,14 @@ def data_free_substitutions(
         if not len(leaves):
             continue
         sequence = merge_sequence(merge_problem(network, group, bias=bias), allowed=leaves)
-        stages, loose = stages_of(network, group, norms_behind(network, [group]))
-        found: dict[tuple[str, ...], tuple[IndexArray, FloatArray, FloatArray]] = {}
-        for consumer in group.consumers:
-            features = by_channel(consumer.channel, consumer.index, group.width)
-            if features is None:
-                continue
-            norms = norms_before(network, consumer, group, loose)
-            if norms not in found:
-                extra = [norm_stage(network, group, norms)] if norms else []
-                found[norms] = _stand_ins([*stages, *extra], group, sequence)
-            source, ratio, constant = found[norms]
-            substitution = position_by_position(features, sequence.removed, source, ratio, constant)
-            result.setdefault(consumer.module, []).append(substitution)
+        choose = partial(_stand_ins, group=group, sequence=sequence)
+        norm_of = norms_behind(network, [group])
+        for reader, substitution in for_readers(network, group, norm_of, sequence.removed, choose):
+            result.setdefault(reader, []).append(substitution)
     return result
 
 
-def _stand_ins(
-    stages: Sequence[Stage], group: ChannelGroup, sequence: MergeSequence
-) -> tuple[IndexArray, FloatArray, FloatArray]:
+def _stand_ins(stages: Sequence[Stage], group: ChannelGroup, sequence: MergeSequence) -> StandIns:
     """Return (removed,) channel at the end of the chain, α_j/α of it, and the constant."""
     ends = sequence.ends()
     source = np.where(ends == NOBODY, 0, ends)

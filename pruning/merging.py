@@ -15,8 +15,9 @@ group as further factors of α; there a factor common to all of them is exact as
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,39 +65,56 @@ def find_substitutions(
         removed = np.setdiff1d(np.arange(group.width), kept)
         if not len(removed):
             continue
-        stages, loose = stages_of(network, group, norm_of)
-        found: dict[tuple[str, ...], tuple[IndexArray, FloatArray, FloatArray]] = {}
-        for consumer in group.consumers:
-            features = by_channel(consumer.channel, consumer.index, group.width)
-            if features is None:
-                continue
-            norms = norms_before(network, consumer, group, loose)
-            if norms not in found:
-                extra = [norm_stage(network, group, norms)] if norms else []
-                found[norms] = _stand_ins([*stages, *extra], activation_of(group), removed, kept)
-            result.setdefault(consumer.module, []).append(position_by_position(features, removed, *found[norms]))
+        choose = partial(_stand_ins, activation=activation_of(group), removed=removed, kept=kept)
+        for reader, substitution in for_readers(network, group, norm_of, removed, choose):
+            result.setdefault(reader, []).append(substitution)
     return result
 
 
-def position_by_position(
-    features: IndexArray, removed: IndexArray, source: IndexArray, ratio: FloatArray, constant: FloatArray
-) -> Substitution:
-    """Say what stands in for channels in terms of a reader's features: each position behind a flatten on its own.
+StandIns = tuple[IndexArray, FloatArray, FloatArray]
+"""For each channel that leaves: the channel that stands in, its factor, the constant."""
+
+
+def for_readers(
+    network: nn.Module,
+    group: ChannelGroup,
+    norm_of: Mapping[str, str | None],
+    removed: IndexArray,
+    choose: Callable[[Sequence[Stage]], StandIns],
+) -> Iterator[tuple[str, Substitution]]:
+    """Yield each reader of a group, and what stands in for the channels that leave in terms of its features.
+
+    A channel behind a flatten owns several features: position by position. A reader whose channels own unequal numbers
+    gets none.
 
     Args:
-        features: (width, n) input features each channel owns, see `by_channel`.
+        network: The network before the cut.
+        group: One of its groups.
+        norm_of: See `norms_behind`.
         removed: (m,) channels that leave.
-        source: (m,) channels that stay.
-        ratio: (m,) factor of each.
-        constant: (m,) constant of each.
+        choose: Chooses from the affine stages that a reader sees; called once for readers that see the same.
     """
-    each = features.shape[1]
-    return Substitution(features[removed].ravel(), features[source].ravel(), ratio.repeat(each), constant.repeat(each))
+    stages, loose = stages_of(network, group, norm_of)
+    found: dict[tuple[str, ...], StandIns] = {}
+    for consumer in group.consumers:
+        features = by_channel(consumer.channel, consumer.index, group.width)
+        if features is None:
+            continue
+        norms = norms_before(network, consumer, group, loose)
+        if norms not in found:
+            extra = [norm_stage(network, group, norms)] if norms else []
+            found[norms] = choose([*stages, *extra])
+        source, ratio, constant = found[norms]
+        each = features.shape[1]
+        yield (
+            consumer.module,
+            Substitution(
+                features[removed].ravel(), features[source].ravel(), ratio.repeat(each), constant.repeat(each)
+            ),
+        )
 
 
-def _stand_ins(
-    stages: Sequence[Stage], activation: str, removed: IndexArray, kept: IndexArray
-) -> tuple[IndexArray, FloatArray, FloatArray]:
+def _stand_ins(stages: Sequence[Stage], activation: str, removed: IndexArray, kept: IndexArray) -> StandIns:
     """Return (removed,) channel that stands in, ratio r, constant c; see the module's docstring."""
     if not stages:
         return np.full(len(removed), kept[0]), np.zeros(len(removed)), np.zeros(len(removed))

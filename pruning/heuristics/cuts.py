@@ -67,6 +67,11 @@ def plan_of(keep: Masks) -> PruningPlan:
     return PruningPlan({name: np.flatnonzero(mask).tolist() for name, mask in keep.items()})
 
 
+def nothing_leaves(keep: Masks) -> bool:
+    """Return whether every channel stays."""
+    return all(bool(mask.all()) for mask in keep.values())
+
+
 def floors(model: CostModel, narrowest: float) -> dict[str, int]:
     """Return, by group, the fewest channels that leave at least the share `narrowest` of the original ones."""
     shares = [max(1, round(narrowest * width)) for width in model.widths.tolist()]

@@ -15,13 +15,12 @@ from ..checks import check_types
 from ..cost import CostModel
 from ..errors import UserError, closest
 from ..groups import ChannelGroup
-from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..saliency import MergeSequence, cut_off, merge_problem, merge_sequence, serves_published
 from ..trimmer import Subject, Trimmer
-from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, plan_of, weakest_leave
+from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, weakest_leave
 from .plans import Goal, Pruned
-from .rounds import Decision, Pace, prune_in_rounds
+from .rounds import Decision, Pace, decision_of, prune_in_rounds
 
 LAYERS = ("linear", "all")
 STOPS = ("goal", "mode")
@@ -101,7 +100,12 @@ def data_free(
 def merging_repair(trimmer: Trimmer, settings: DataFreeSettings) -> str:
     """Return the compensation: the trimmer's, and of the published one the variant that fits `settings.bias`."""
     asked = trimmer.settings.compensation
-    return "data_free_weights" if asked == "data_free" and not settings.bias else asked
+    return published_merges(settings) if asked == "data_free" else asked
+
+
+def published_merges(settings: DataFreeSettings) -> str:
+    """Return the compensation that merges by the same distance as the plans."""
+    return "data_free" if settings.bias else "data_free_weights"
 
 
 def check_reach(
@@ -149,10 +153,10 @@ class _Rule:
 
     def __init__(self, trimmer: Trimmer, goal: Goal, settings: DataFreeSettings, floor: dict[str, int]) -> None:
         self.model, self.goal, self.settings, self.floor = trimmer.cost_model, goal, settings, floor
-        self.limits: dict[str, int] = {}
         self.scales: dict[str, float] = {}
         self.wanted: dict[str, int] = {}
         self.by_layer = goal.accepted_drop is None
+        self.known: tuple[Subject | None, dict[str, MergeSequence]] = (None, {})  # of the round's subject
         self.most_rounds = len(floor) if self.by_layer else FLOOR_ROUNDS
 
     def __call__(self, subject: Subject, place: int, last: bool) -> Decision | None:
@@ -160,31 +164,35 @@ class _Rule:
         if not self.scales:
             self._look(subject)
         if not self.by_layer:
-            floor = {name: max(count, self.limits[name]) for name, count in self.floor.items()}
-            share = next_share(self.model, subject.plan.counts, floor, self.goal)
+            share = next_share(self.model, subject.plan.counts, self.floor, self.goal)
             return self._decision(subject, self._counts(subject, replace(self.goal, budget=share)))
         if not place:
             self.wanted = self._counts(subject, self.goal)
         for group in subject.groups:
             if self.wanted[group.name] < group.width:
                 return self._decision(subject, {group.name: self.wanted[group.name]})
-        full = {group.name: group.width for group in subject.groups}
-        return Decision(PruningPlan.full(subject.groups)) if self.goal.met(self.model, full) else None
+        return self._decision(subject, {})
 
     def _look(self, subject: Subject) -> None:
         """Learn from the original weights how far each layer may go, and which of its saliencies is the safe one."""
         for group, sequence in self._sequences(subject):
             safe = cut_off(sequence.saliency, self.settings.share)
-            self.limits[group.name] = group.width - safe if self.settings.stop == "mode" else 1
+            if self.settings.stop == "mode":
+                self.floor[group.name] = max(self.floor[group.name], group.width - safe)
             usual = sequence.saliency[max(0, cut_off(sequence.saliency) - 1)] if len(sequence.saliency) else 0.0
             self.scales[group.name] = float(usual) if np.isfinite(usual) and usual > 0 else 1.0
 
     def _sequences(self, subject: Subject) -> list[tuple[ChannelGroup, MergeSequence]]:
-        return [
-            (group, merge_sequence(merge_problem(subject.network, group, bias=self.settings.bias)))
-            for group in subject.groups
-            if group.name in self.floor
-        ]
+        return [(group, self._sequence(subject, group)) for group in subject.groups if group.name in self.floor]
+
+    def _sequence(self, subject: Subject, group: ChannelGroup) -> MergeSequence:
+        """Return all merges of a group, worked out once for each subject."""
+        if self.known[0] is not subject:
+            self.known = (subject, {})
+        found = self.known[1]
+        if group.name not in found:
+            found[group.name] = merge_sequence(merge_problem(subject.network, group, bias=self.settings.bias))
+        return found[group.name]
 
     def _counts(self, subject: Subject, goal: Goal) -> dict[str, int]:
         """Return, by group, how many channels the next merges up to the goal leave."""
@@ -196,8 +204,7 @@ class _Rule:
             ]
         order.sort(key=lambda item: item[0])  # stable: within a layer in the order of the merges
         candidates = [(float(-place), name, int(channel)) for place, (_, name, channel) in enumerate(order)]
-        floor = {name: max(count, self.limits[name]) for name, count in self.floor.items()}
-        keep = weakest_leave(self.model, subject, candidates, floor, goal)
+        keep = weakest_leave(self.model, subject, candidates, self.floor, goal)
         return {name: int(mask.sum()) for name, mask in keep.items()}
 
     def _decision(self, subject: Subject, counts: dict[str, int]) -> Decision | None:
@@ -205,9 +212,5 @@ class _Rule:
         for group in subject.groups:
             gone = group.width - counts.get(group.name, group.width)
             if gone:
-                problem = merge_problem(subject.network, group, bias=self.settings.bias)
-                removed = merge_sequence(problem, steps=gone).removed
-                keep[group.name][removed] = False
-        if all(mask.all() for mask in keep.values()) and not self.goal.met(self.model, subject.plan.counts):
-            return None
-        return Decision(plan_of(keep))
+                keep[group.name][self._sequence(subject, group).removed[:gone]] = False
+        return decision_of(keep, subject, self.goal, self.model)

@@ -21,9 +21,9 @@ from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..trimmer import Subject, Trimmer
-from .cuts import Candidate, Masks, floors, plan_of, weakest_leave
+from .cuts import Candidate, Masks, floors, nothing_leaves, weakest_leave
 from .plans import Goal, Pruned
-from .rounds import Decision, Pace, mean_apoz, prune_in_rounds
+from .rounds import Decision, Pace, decision_of, mean_apoz, prune_in_rounds
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,9 @@ def network_trimming(
 
     def rule(subject: Subject, place: int, last: bool) -> Decision | None:
         keep, gave_way = _one_round(trimmer, subject, least, goal, settings.sigmas, last)
-        if not last and _nothing_leaves(keep):  # too little is left above the threshold
+        if not last and nothing_leaves(keep):  # too little is left above the threshold
             keep, gave_way = _one_round(trimmer, subject, least, goal, settings.sigmas, True)
-        if _nothing_leaves(keep) and not goal.met(trimmer.cost_model, subject.plan.counts):
-            return None
-        return Decision(plan_of(keep), gave_way)
+        return decision_of(keep, subject, goal, trimmer.cost_model, forced=gave_way)
 
     return prune_in_rounds(
         trimmer, rule, goal, Pace(settings.max_rounds, None, settings.final_share), method="network_trimming",
@@ -184,10 +182,6 @@ def check_targets(
 def _beside(names: list[str], name: str) -> list[int]:
     place = names.index(name)
     return [spot for spot in (place - 1, place + 1) if 0 <= spot < len(names)]
-
-
-def _nothing_leaves(keep: Masks) -> bool:
-    return all(bool(mask.all()) for mask in keep.values())
 
 
 def _one_round(

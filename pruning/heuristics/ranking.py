@@ -21,9 +21,9 @@ from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..trimmer import Subject, Trimmer
-from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, plan_of, weakest_leave
+from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, weakest_leave
 from .plans import Goal, Pruned
-from .rounds import Decision, Pace, prune_in_rounds
+from .rounds import Decision, Pace, decision_of, prune_in_rounds
 
 SCOPES = ("uniform", "global", "local")
 
@@ -200,9 +200,7 @@ class _Rule:
                 self.model, subject, self._candidates(subject, present), self.floor, goal,
                 at_most=self.settings.channels_per_round or None,
             )  # fmt: skip
-        if all(mask.all() for mask in keep.values()) and not self.goal.met(self.model, present):
-            return None
-        return Decision(plan_of(keep))
+        return decision_of(keep, subject, self.goal, self.model)
 
     def _goal(self, subject: Subject, place: int) -> Goal:
         """Return the goal of one round."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..checks import check_seed
+from ..cost import CostModel
 from ..errors import UserError
 from ..evaluation import Score
 from ..groups import shrink_groups
@@ -19,6 +20,7 @@ from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..schedule import BuiltRound, Round, Schedule, build, round_seed, round_training
 from ..trimmer import Subject, Trimmed, Trimmer
+from .cuts import Masks, nothing_leaves, plan_of
 from .plans import Goal, PlanRecord, Provenance, Pruned
 
 OPEN_END = 8
@@ -54,6 +56,15 @@ class Decision:
 
     plan: PruningPlan
     forced: bool = False
+
+
+def decision_of(
+    keep: Masks, subject: Subject, goal: Goal, model: CostModel, *, forced: bool = False
+) -> Decision | None:
+    """Return the decision to keep what the masks say; None where nothing leaves though the budget is not met."""
+    if nothing_leaves(keep) and not goal.met(model, subject.plan.counts):
+        return None
+    return Decision(plan_of(keep), forced)
 
 
 class Rule(Protocol):
