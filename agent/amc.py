@@ -21,9 +21,10 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import Round, Schedule, build
 from ..pruning.trimmer import Trimmer
 from .history import Evaluation, History
+from .learning import learn
 from .progress import Progress
 from .randomness import random_state_kept
-from .search import choose, learn
+from .search import choose
 from .settings import AmcSettings, LearnerSettings, SearchSettings
 
 

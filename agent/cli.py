@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,16 @@ from ..pruning.splits import SealedSplitError
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
 from . import prune_report
+from .compare import compare
+from .compare_folder import begin, write_comparison
+from .compare_report import console_tables, reading
+from .compare_settings import CompareConfig, check_compare, read_compare
 from .configuration import parse, read_config, resolve, shipped_configs, stored_config
 from .finalists import read_test_split
 from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
 from .methods import METHODS, get_method
+from .noise_meter import noise_for
 from .progress import Progress
 from .prune import check_method, prune
 from .prune_options import read_options
@@ -40,8 +46,11 @@ from .settings import SearchConfig
 USAGE = """usage: prunegym COMMAND ...
 
   search CONFIG.yaml [--option value ...]   learn a schedule, build the network, compare it with the APoZ heuristic
+  search --resume RUN                       go on with a search that was ended, as if it had not been
+  compare CONFIG.yaml [--option value ...]  the agent against other methods at equal cost, over several seeds
   prune --method NAME CONFIG.yaml [...]     prune by a published method, with the same repair, retraining and table
   methods                                   list the methods, a sentence and the paper each
+  noise CONFIG.yaml [--option value ...]    measure whether a search's reward images can tell plans apart
   apply RUN [--schedule FILE]               rebuild the network of a run from its (perhaps edited) schedule.json
   export RUN [--format onnx|torch]          write the pruned network of a run as one file, checked against PyTorch
   inspect NETWORK [--data NAME]             list what can be cut, what not and why, and the reachable budgets
@@ -55,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {
-        "search": search_command, "prune": prune_command, "methods": methods_command, "apply": apply_command,
+        "search": search_command, "compare": compare_command, "prune": prune_command, "methods": methods_command,
+        "apply": apply_command, "noise": noise_command,
         "export": export_command, "inspect": inspect_command,
     }  # fmt: skip
     try:
@@ -75,26 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def search_command(arguments: list[str]) -> int:
-    """`prunegym search CONFIG [--option value ...]`."""
-    config = read_config(arguments)
-    find_algorithm(config.search.learner)
+    """`prunegym search CONFIG [--option value ...]`, or `prunegym search --resume RUN`."""
+    resume = any(argument.partition("=")[0] == "--resume" for argument in arguments)
     progress = Progress(enabled=True)
-    run = RunFolder.create(config.output) if config.output else RunFolder.next_free(config.name)
-    seeds = {name: derive_seed(config.search.seed, name) for name in ("task", "repair", "learner")}
-    command = ["prunegym", "search", *arguments]
-    run.write_start(config_text(dataclasses.asdict(config)), command, {"root": config.search.seed, **seeds})
-    try:
-        task = load_task(config, progress)
-    except (Exception, KeyboardInterrupt):
-        run.discard()  # nothing was computed yet
-        raise
+    config, run, task = _resumed(arguments, progress) if resume else _begun(arguments, progress)
     run.write_base(task)
     progress.say(f"run folder: {run.path}")
     try:
-        result = search(task, settings=config.search, run_folder=run, progress=progress)
+        result = search(task, settings=config.search, run_folder=run, progress=progress, resume=resume)
     except KeyboardInterrupt:
         if (run.path / "schedule.json").is_file():
             progress.say(f"interrupted; the best schedule is kept: prunegym apply {run.path}")
+        progress.say(f"interrupted; the search goes on with: prunegym search --resume {run.path}")
         raise
     console = Console(highlight=False)
     console.width = max(80, console.width)
@@ -105,6 +107,34 @@ def search_command(arguments: list[str]) -> int:
     line = f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)"
     console.print(line, soft_wrap=True, markup=False)
     return 130 if result.stopped_by == "interrupt" else 0
+
+
+def compare_command(arguments: list[str]) -> int:
+    """`prunegym compare CONFIG [--option value ...]`, or `prunegym compare --resume RUN`."""
+    config = read_compare(arguments)
+    begun = begin(config, ["prunegym", "compare", *arguments])
+    run, config, progress = begun.run, begun.config, Progress(enabled=True)
+    fair = partial(check_compare, search=config.search, compare=config.compare)
+    try:
+        task = load_task(config, progress, run.started_in, check=fair)
+    except (Exception, KeyboardInterrupt):
+        begun.discard()
+        raise
+    run.write_base(task)
+    progress.say(f"run folder: {run.path}")
+    try:
+        made = compare(task, config, run.path, progress)
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; go on with: prunegym compare --resume {run.path}")
+        raise
+    write_comparison(begun, made)
+    console = Console(highlight=False)
+    console.width = max(120, console.width)
+    for part in [*console_tables(made), *reading(made)]:
+        console.print(part, soft_wrap=True, markup=False) if isinstance(part, str) else console.print(part)
+    line = f"\nrun folder: {run.path} (comparison.md, results.json, pareto.png, …)"
+    console.print(line, soft_wrap=True, markup=False)
+    return 0
 
 
 def prune_command(arguments: list[str]) -> int:
@@ -159,6 +189,20 @@ def methods_command(arguments: list[str]) -> int:
     for method in METHODS.values():
         console.print(f"{method.name:<18}{method.description}", markup=False)
         console.print(f"{'':<18}{method.source}; repair as published: {method.compensation}", markup=False)
+    return 0
+
+
+def noise_command(arguments: list[str]) -> int:
+    """`prunegym noise CONFIG [--option value ...]`, with the options of a search."""
+    config = read_config(arguments, "noise")
+    task = load_task(config, Progress(enabled=True))
+    trimmer = Trimmer(task, config.search.trim.repair, config.search.trim.groups, lean=True)
+    report = noise_for(trimmer, config.search)
+    console = Console(highlight=False)
+    console.width = max(80, console.width)
+    console.print(report.table())
+    for line in [report.finding(), *report.remarks, report.advice()]:
+        console.print(line, soft_wrap=True, markup=False)
     return 0
 
 
@@ -256,8 +300,60 @@ def inspect_command(arguments: list[str]) -> int:
     return 0
 
 
+def _begun(arguments: list[str], progress: Progress) -> tuple[SearchConfig, RunFolder, PruningTask]:
+    """Make the run folder of a new search, and load its task."""
+    config = read_config(arguments)
+    find_algorithm(config.search.learner)
+    run = RunFolder.create(config.output) if config.output else RunFolder.next_free(config.name)
+    seeds = {name: derive_seed(config.search.seed, name) for name in ("task", "repair", "learner")}
+    command = ["prunegym", "search", *arguments]
+    run.write_start(config_text(dataclasses.asdict(config)), command, {"root": config.search.seed, **seeds})
+    try:
+        return config, run, load_task(config, progress)
+    except (Exception, KeyboardInterrupt):
+        run.discard()  # nothing was computed yet
+        raise
+
+
+def _resumed(arguments: list[str], progress: Progress) -> tuple[SearchConfig, RunFolder, PruningTask]:
+    """Open the run folder of a search that was ended, and load its task with the weights that it began with."""
+    parser = ArgumentParser(
+        prog="prunegym search", exit_on_error=False, allow_abbrev=False, description="Go on with a search."
+    )
+    parser.add_argument("--resume", type=str, required=True, help="its run folder")
+    parser.add_argument("--max_minutes", type=float, default=None, help="another limit, of all its learning together")
+    parser.add_argument("--data_root", type=str, default=None, help="folder that holds the data, if it moved")
+    try:
+        options = parse(parser, arguments)
+    except UserError as error:
+        raise UserError(
+            f"a search is resumed with the settings in its folder, beside them only --max_minutes and --data_root may "
+            f"be given, but: {error}"
+        ) from error
+    run = RunFolder.unfinished(options.resume)
+    config, _ = stored_config(run.path / "config.yaml")
+    shared = config.search.scores
+    if shared is not None and run.started_in is not None:
+        shared = str(run.started_in / shared)
+    config = resolve(
+        replace(
+            config,
+            search=replace(config.search, scores=shared),
+            data_root=options.data_root or config.data_root,
+            max_minutes=config.max_minutes if options.max_minutes is None else options.max_minutes,
+            task=replace(config.task, weights=str(run.base) if run.base else config.task.weights),
+        )
+    )
+    task = load_task(config, progress, run.started_in)
+    if run.base:
+        task.source = {**task.source, "weights": None}  # trained here, as in the run that goes on
+    if changed := run.write_resumed(["prunegym", "search", *arguments]):
+        progress.say(f"not as when the run was started ({changed}): the last bits of its numbers may differ")
+    return config, run, task
+
+
 def load_task(
-    config: SearchConfig,
+    config: SearchConfig | CompareConfig,
     progress: Progress,
     folder: Path | None = None,
     check: Callable[[nn.Module, Tensor], None] | None = None,

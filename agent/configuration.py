@@ -31,9 +31,14 @@ LENGTHS = {
 
 DESCRIPTIONS = {
     "search": "Learn a pruning schedule.",
+    "noise": "Measure whether the reward images of a search can tell plans apart.",
     "prune": "Prune by one method; the options above come on top: "
     "--method NAME, --compensation NAME, --accepted_drop SHARE.",
+    "compare": "Compare the agent with other methods, at equal cost, over several seeds.",
 }
+
+COMPARISONS = "compare_"
+"""How the names of configurations for `prunegym compare` begin."""
 
 WANTED = {
     "int": "a whole number",
@@ -52,15 +57,25 @@ def read_config(arguments: Sequence[str], command: str = "search") -> SearchConf
     Raises:
         UserError: No configuration, an unknown key or a value of the wrong type; the nearest key is named.
     """
+    return resolve(SearchConfig(**read_values(arguments, command, SearchConfig)))
+
+
+def read_values(arguments: Sequence[str], command: str, kind: type) -> dict[str, Any]:
+    """Return the arguments of `kind`, a settings dataclass, that a command's configuration and options give.
+
+    Raises:
+        UserError: As `read_config`.
+    """
     parser = ArgumentParser(
         prog=f"prunegym {command} CONFIG", exit_on_error=False, allow_abbrev=False, description=DESCRIPTIONS[command]
     )
     parser.add_argument("--config", action="config", help="YAML file; options given after it replace its values")
-    parser.add_class_arguments(SearchConfig)
+    parser.add_class_arguments(kind)
     if not arguments:
-        raise UserError(f"{command} needs a configuration: a YAML file, or one of {', '.join(shipped_configs())}")
-    given = vars(parser.instantiate(parse(parser, _prepared(arguments))))
-    return resolve(SearchConfig(**{key: value for key, value in given.items() if key != "config"}))
+        shipped = ", ".join(shipped_configs(command))
+        raise UserError(f"{command} needs a configuration: a YAML file, or one of {shipped}")
+    given = vars(parser.instantiate(parse(parser, _prepared(arguments, command, kind))))
+    return {key: value for key, value in given.items() if key != "config"}
 
 
 def stored_config(path: Path) -> tuple[SearchConfig, str]:
@@ -69,19 +84,25 @@ def stored_config(path: Path) -> tuple[SearchConfig, str]:
     Raises:
         UserError: No task in it (the network was given as an object), or as `read_config`.
     """
-    content, text = _checked_file(path)
+    values, text = stored_values(path, SearchConfig)
+    return SearchConfig(**values), text
+
+
+def stored_values(path: Path, kind: type) -> tuple[dict[str, Any], str]:
+    """Return the arguments of `kind` that a run's `config.yaml` gives, and its text; errors as `stored_config`."""
+    content, text = _checked_file(path, kind)
     if "task" not in content:
         raise UserError(
             f"{path.parent} holds a network that was given as an object; rebuild it in Python: "
             f"prunegym.load_pruned({str(path.parent)!r}, network)"
         )
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SearchConfig)
+    parser.add_class_arguments(kind)
     try:
         parsed = parser.parse_string(text)
     except ArgumentError as error:
         raise UserError(_explained(str(error), parser, (), str(path))) from error
-    return SearchConfig(**vars(parser.instantiate(parsed))), text
+    return vars(parser.instantiate(parsed)), text
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
@@ -95,13 +116,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
 
 def resolve(config: SearchConfig) -> SearchConfig:
     """Move the shortcuts (`data_root`, `budget`, …) to where they belong."""
-    device = config.device
-    if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UserError(f"device must be auto, cpu or cuda, but got {device!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device 'cuda' needs a GPU that PyTorch can use, but there is none; use --device cpu")
+    device = resolve_device(config.device)
     trim = config.search.trim
     search_settings = replace(
         config.search,
@@ -116,9 +131,25 @@ def resolve(config: SearchConfig) -> SearchConfig:
     return replace(config, task=task, search=search_settings, device=device, **shortcuts)
 
 
-def shipped_configs() -> list[str]:
-    """Return the names of the configurations that come with the package."""
-    return sorted(path.stem for path in _config_folder().glob("*.yaml"))
+def resolve_device(device: str) -> str:
+    """Return the device that is meant by "auto", or the one that was typed.
+
+    Raises:
+        UserError: No name of a device, or one that this machine does not have.
+    """
+    if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UserError(f"device must be auto, cpu or cuda, but got {device!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device 'cuda' needs a GPU that PyTorch can use, but there is none; use --device cpu")
+    return device
+
+
+def shipped_configs(command: str = "search") -> list[str]:
+    """Return the names of the configurations for a command that come with the package."""
+    names = sorted(path.stem for path in _config_folder().glob("*.yaml"))
+    return [name for name in names if name.startswith(COMPARISONS) == (command == "compare")]
 
 
 def _config_folder() -> Path:
@@ -131,7 +162,7 @@ def _either(given: Any, otherwise: Any) -> Any:
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-def _prepared(arguments: Sequence[str]) -> list[str]:
+def _prepared(arguments: Sequence[str], command: str, kind: type) -> list[str]:
     """Find and check the configuration files, and let updates and epochs replace each other.
 
     A first positional CONFIG becomes `--config FILE`. Where only one of updates and epochs is an option, the other,
@@ -146,14 +177,14 @@ def _prepared(arguments: Sequence[str]) -> list[str]:
         and all(option != "--config" for option, _, _ in pairs)
     ):
         pairs = [("--config", pairs[-1][0], []), *pairs[:-1]]  # CONFIG may also be the last word
-    options, known = {option for option, _, _ in pairs}, dict(_known_keys(SearchConfig))
+    options, known = {option for option, _, _ in pairs}, dict(_known_keys(kind))
     result: list[str] = []
     for option, value, tokens in pairs:
         if option == "--config":
             if value is None:
                 raise UserError("--config needs a file behind it, but there is none")
-            path = _find_config(value)
-            _checked_file(path)
+            path = _find_config(value, command)
+            _checked_file(path, kind)
             tokens = ["--config", str(path)]
         elif value is not None and known.get(option[2:]):
             _check_section(option, value, known)
@@ -186,7 +217,7 @@ def _is_zero(value: str | None) -> bool:
         return False
 
 
-def _find_config(given: str) -> Path:
+def _find_config(given: str, command: str) -> Path:
     """Return the file that is meant: a path, or the name of a shipped one."""
     path = Path(given)
     if os.path.isfile(path):  # unlike Path.is_file, False where the name is too long
@@ -196,7 +227,7 @@ def _find_config(given: str) -> Path:
         return shipped
     if os.path.isdir(path):
         raise UserError(f"a configuration must be a YAML file, but {given} is a directory; name the file in it")
-    raise UserError(f"the configuration file {given} does not exist{closest(path.stem, shipped_configs())}")
+    raise UserError(f"the configuration file {given} does not exist{closest(path.stem, shipped_configs(command))}")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -217,7 +248,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _checked_file(path: Path) -> tuple[dict[str, Any], str]:
+def _checked_file(path: Path, kind: type) -> tuple[dict[str, Any], str]:
     """Return what a configuration file holds and its text; sections, keys and their names are checked."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -236,7 +267,7 @@ def _checked_file(path: Path) -> tuple[dict[str, Any], str]:
             f"a configuration must hold sections such as 'task: {{network: lenet_small}}', but {path} {came}; "
             "`prunegym search --help` lists the keys"
         )
-    _check_keys(content, dict(_known_keys(SearchConfig)), path)
+    _check_keys(content, dict(_known_keys(kind)), path)
     return content, text
 
 

@@ -1,7 +1,6 @@
 """From settings to a Stable-Baselines3 algorithm on a vectorised environment."""
 
 import inspect
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ import stable_baselines3
 import torch
 from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
-from ..envs.trim import TrimEnv, TrimSettings
+from ..envs.trim import TrimSettings
 from ..pruning.errors import UserError, closest
-from ..pruning.task import PruningTask
-from ..pruning.trimmer import Trimmer
+from .imagined import BudgetAdvantages
 from .settings import LearnerSettings
 
 try:
@@ -40,42 +37,24 @@ def algorithms() -> dict[str, type[BaseAlgorithm]]:
     return found
 
 
-def make_environments(
-    task: PruningTask, settings: TrimSettings, trimmer: Trimmer, *, workers: int, seed: int
-) -> VecEnv:
-    """Return `workers` environments; more than one live in spawned processes with their share of the threads."""
-    if workers == 1:
-        environment: VecEnv = DummyVecEnv([lambda: Monitor(TrimEnv(task, settings, trimmer=trimmer))])
-    else:
-        threads = max(1, torch.get_num_threads() // workers)
-        environment = SubprocVecEnv([_Worker(task, settings, threads)] * workers, start_method="spawn")
-    environment.seed(seed)
-    return environment
-
-
-class _Worker:
-    """Makes an environment in a process of its own; picklable."""
-
-    def __init__(self, task: PruningTask, settings: TrimSettings, threads: int) -> None:
-        self.task, self.settings, self.threads = task, settings, threads
-
-    def __call__(self) -> Monitor[Any, Any]:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the workers
-        torch.set_num_threads(self.threads)
-        return Monitor(TrimEnv(self.task, self.settings))
-
-
 def make_learner(
-    settings: LearnerSettings, environment: VecEnv, *, steps_per_episode: int, seed: int, log_folder: Path | None
+    settings: LearnerSettings,
+    environment: VecEnv,
+    *,
+    steps_per_episode: int,
+    seed: int,
+    log_folder: Path | None,
+    imagined: bool = False,
 ) -> BaseAlgorithm:
     """Return the algorithm, untrained; the policy runs on the CPU.
 
     Args:
         settings: What to make.
-        environment: From `make_environments`.
+        environment: From `workers.make_environments`.
         steps_per_episode: Groups × rounds; an update of an on-policy algorithm sees whole episodes only.
         seed: Of its weights and its noise.
         log_folder: Folder for TensorBoard, or None.
+        imagined: Whether the episodes are imagined ones, see `planner`: then an update sees one of each environment.
 
     Raises:
         UserError: Unknown algorithm, one without continuous actions, an argument it does not take, or a warm-up for an
@@ -101,6 +80,9 @@ def make_learner(
         if "n_epochs" in accepted:
             keywords["n_epochs"] = 10
         keywords["policy_kwargs"] = {"log_std_init": settings.noise_start}
+        if imagined:
+            keywords.update(n_steps=steps_per_episode, n_epochs=5, rollout_buffer_class=BudgetAdvantages)
+            keywords["batch_size"] = max(2, steps_per_episode * environment.num_envs // 2)
     elif "learning_starts" in accepted:
         warmup = settings.episodes_per_update if settings.warmup_episodes is None else settings.warmup_episodes
         keywords.update(learning_starts=steps_per_episode * warmup, batch_size=64)
@@ -120,6 +102,13 @@ def make_learner(
             f"{settings.algorithm} must work with one continuous action in [-1, 1], but: {error}"
         ) from error
     return learner
+
+
+def imagines(settings: LearnerSettings, trim: TrimSettings) -> bool:
+    """Return whether a learner practises on imagined episodes: where it is asked to and able to, see `planner`."""
+    able = trim.rounds == 1 and trim.action == "score" and trim.observation == "full"
+    accepted = inspect.signature(find_algorithm(settings).__init__).parameters
+    return settings.imagination.updates > 0 and able and "rollout_buffer_class" in accepted
 
 
 def find_algorithm(settings: LearnerSettings) -> type[BaseAlgorithm]:
@@ -154,13 +143,19 @@ def find_algorithm(settings: LearnerSettings) -> type[BaseAlgorithm]:
 
 
 class LinearFall:
-    """A learning rate that falls linearly from `start` to a tenth of it; picklable."""
+    """A learning rate that falls linearly from `start` to a tenth of it; picklable.
+
+    Attributes:
+        left: Share of the search that is left, where something else than the number of steps tells it.
+    """
 
     def __init__(self, start: float) -> None:
         self.start = start
+        self.left: float | None = None
 
     def __call__(self, remaining: float) -> float:
         """Return the rate when the share `remaining` of the steps is left."""
+        remaining = remaining if self.left is None else self.left
         return self.start * (0.1 + 0.9 * max(0.0, remaining))
 
 
@@ -208,11 +203,15 @@ def noise_setter(learner: BaseAlgorithm, settings: LearnerSettings) -> Callable[
 
 
 class _AddedNoise:
-    """Sets the noise that is added to a deterministic policy's actions."""
+    """Sets the noise that is added to a deterministic policy's actions.
+
+    Attributes:
+        warm: Share of the search that the warm-up took, once it is over.
+    """
 
     def __init__(self, learner: OffPolicyAlgorithm, settings: LearnerSettings) -> None:
         self.learner, self.settings = learner, settings
-        self._warm: float | None = None  # share of the search that the warm-up took, once it is over
+        self.warm: float | None = None
 
     def __call__(self, spent: float) -> None:
         """Set the noise for a share of the search, in [0, 1]."""
@@ -220,9 +219,9 @@ class _AddedNoise:
         if self.learner.num_timesteps < self.learner.learning_starts:
             std = 0.0
         else:
-            if self._warm is None:
-                self._warm = spent
-            fallen = (spent - self._warm) / (1.0 - self._warm) if self._warm < 1.0 else 1.0
+            if self.warm is None:
+                self.warm = spent
+            fallen = (spent - self.warm) / (1.0 - self.warm) if self.warm < 1.0 else 1.0
             std = float(np.exp(start + (end - start) * fallen))
         noise = self.learner.action_noise  # one for each worker, once learning has begun
         for one in noise.noises if isinstance(noise, VectorizedActionNoise) else [noise]:

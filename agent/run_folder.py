@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
 
+from ..pruning.architecture import FILE as ARCHITECTURE
+from ..pruning.architecture import Architecture, Origin
 from ..pruning.artifact import save_pruned, weight_bytes, write_atomically
+from ..pruning.cost import count_cost
 from ..pruning.errors import UserError
 from ..pruning.manifest import relative_folder
+from ..pruning.plan import PruningPlan
 from ..pruning.schedule import Built, Schedule
 from ..pruning.task import PruningTask
+from .checkpoint import has_checkpoint
 from .history import History
 from .report import write_report
 
@@ -88,6 +94,36 @@ class RunFolder:
             if not (folder / name).is_file():
                 raise UserError(f"a run folder holds {name}, but {folder} has none")
         return cls(folder)
+
+    @classmethod
+    def unfinished(cls, path: str | Path) -> "RunFolder":
+        """Open the folder of a search that something ended.
+
+        Raises:
+            UserError: There is no search in it, or a finished one.
+        """
+        folder = Path(path)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"the folder of a search holds config.yaml, but {folder} has none; name a run folder")
+        if (folder / "report.md").is_file() and not has_checkpoint(folder):
+            raise UserError(
+                f"only a search that was ended can be resumed, but the one in {folder} is finished (report.md); "
+                f"`prunegym apply {folder}` rebuilds its network"
+            )
+        words = shlex.split(_text(folder / "command.txt"))
+        if words[:1] == ["prunegym"] and words[1:2] != ["search"]:
+            raise UserError(f"only a search can be resumed, but {folder} was made by: {shlex.join(words[:2])}")
+        return cls(folder, made_here=False)
+
+    def write_resumed(self, command: Sequence[str]) -> str:
+        """Add a command to those that made the run; returns what differs from the machine it was started on, or ""."""
+        self._write("command.txt", _text(self.path / "command.txt") + shlex.join(command) + "\n")
+        try:
+            before = json.loads(_text(self.path / "versions.json"))
+        except ValueError:
+            return ""
+        pairs = [(name, before.get(name, now), now) for name, now in versions().items()] if before else []
+        return ", ".join(f"{name} {then} -> {now}" for name, then, now in pairs if then != now)
 
     def discard(self) -> None:
         """Remove what `write_start` wrote, and the folder if it was made here and is empty then."""
@@ -166,6 +202,10 @@ class RunFolder:
             example_shape=tuple(result.task.example.shape),
             source=result.task.source,
         )
+        trim, made_by = result.settings.trim, result.schedule.made_by
+        self._write_architecture(
+            result.task, result.network, result.plan, made_by, budget=trim.budget, budget_unit=trim.budget_unit
+        )
         self._write("results.json", json.dumps(results(result), indent=1) + "\n")
         write_report(self.path, result)
 
@@ -174,8 +214,17 @@ class RunFolder:
         self._write("results.json", json.dumps(results, indent=1) + "\n")
         self._write("report.md", report)
 
-    def write_built(self, task: PruningTask, built: Built) -> None:
-        """Write a network that was built from a schedule."""
+    def write_built(
+        self, task: PruningTask, built: Built, *, budget: float | None = None, budget_unit: str = "macs"
+    ) -> None:
+        """Write a network that was built from a schedule.
+
+        Args:
+            task: What was pruned.
+            built: The network, and its schedule.
+            budget: Share of the cost that was to be kept, in (0, 1]; None where another goal decided.
+            budget_unit: "macs" or "params".
+        """
         self.write_schedule(built.schedule)
         save_pruned(
             self.path,
@@ -184,9 +233,34 @@ class RunFolder:
             example_shape=tuple(task.example.shape),
             source=task.source,
         )
+        made_by = built.schedule.made_by
+        self._write_architecture(
+            task, built.network, built.schedule.plan, made_by, budget=budget, budget_unit=budget_unit
+        )
+
+    def _write_architecture(
+        self,
+        task: PruningTask,
+        network: nn.Module,
+        plan: PruningPlan,
+        made_by: str,
+        *,
+        budget: float | None,
+        budget_unit: str,
+    ) -> None:
+        """Write `architecture.yaml`: what the plan leaves, without weights."""
+        cost, whole = (count_cost(one, task.example) for one in (network, task.network))
+        found_by = Origin.of(made_by, cost, whole, budget, budget_unit)
+        shape = tuple(task.example.shape[1:])
+        self._write(ARCHITECTURE, Architecture.of(task.source, plan, shape, self.path, found_by).to_yaml())
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text.encode())
+
+
+def _text(path: Path) -> str:
+    """Return what a file holds, "" where it is missing."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def config_text(settings: Mapping[str, Any]) -> str:

@@ -1,16 +1,14 @@
 """The one public verb: a task in, the best plan out, with the policy, the history and an honest comparison."""
 
 import math
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from ..envs.trim import ActionError, TrimEnv, TrimSettings
+from ..envs.trim import TrimEnv, TrimSettings
 from ..pruning.checks import check_kind
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
@@ -20,11 +18,14 @@ from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import Built, Round, Schedule, build
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
+from .checkpoint import remove_checkpoints
 from .finalists import Finalist, Verdict, compare_pair, read_test_split, time_networks
-from .history import Evaluation, History, SearchCallback
-from .learner import make_environments, make_learner, noise_setter
+from .history import Evaluation, History
+from .learning import learn
+from .noise_meter import check_noise
 from .progress import Progress
 from .randomness import derive_seed, random_state_kept
+from .resume import HISTORY, Standing, alone, from_outside, origin, score_store, take_up
 from .run_folder import RunFolder
 from .settings import SearchSettings
 
@@ -43,7 +44,7 @@ class SearchResult:
         finalists: The networks of the final comparison, the agent's last.
         verdicts: The agent against each heuristic.
         candidates: The best evaluations of the search, scored on the selection split.
-        stopped_by: "max_evaluations", "max_minutes" or "interrupt".
+        stopped_by: "max_evaluations", "max_minutes", "repeats" or "interrupt".
         task: What was pruned.
         settings: As resolved.
         reference_accuracy: Of the uniform plan on the reward images inside the search, or nan.
@@ -86,6 +87,7 @@ def search(
     seed: int | None = None,
     run_folder: RunFolder | None = None,
     progress: Progress | None = None,
+    resume: bool = False,
 ) -> SearchResult:
     """Learn a pruning schedule for a task, build the network, and compare it with the heuristics.
 
@@ -99,12 +101,15 @@ def search(
         seed: Root of all random numbers of the search.
         run_folder: Where records are written as they come; nothing is written by default.
         progress: Live display; silent by default.
+        resume: Whether the search in `run_folder`, which something ended, goes on; with the same task and settings it
+            ends with the history, the schedule and the weights that it would have had without the end.
 
     Returns:
         The result; `result.save(folder)` writes it.
 
     Raises:
-        UserError: The request cannot be met, e.g. the budget is below what the narrowest allowed widths cost.
+        UserError: The request cannot be met, e.g. the budget is below what the narrowest allowed widths cost; or a
+            full disk or a lost worker ended the search, and the folder can be resumed.
     """
     check_kind(task, PruningTask, "search")
     if settings is not None:
@@ -115,17 +120,31 @@ def search(
         check_kind(progress, Progress, "search", "Progress(True) shows bars")
     settings = _resolve(settings, budget, max_evaluations, budget_unit, retrain_updates, seed)
     settings = _without_epochs(settings, len(task.train))
-    with random_state_kept():
-        return _search(task, settings, run_folder, progress or Progress())
+    if resume and run_folder is None:
+        raise UserError(
+            "a search is resumed in its run folder, but got none; pass run_folder=RunFolder.unfinished(path)"
+        )
+    try:
+        with random_state_kept(), alone(run_folder.path) if run_folder else nullcontext():
+            return _search(task, settings, run_folder, progress or Progress(), resume)
+    except (OSError, UserError) as error:
+        if run_folder is None or (isinstance(error, UserError) and not from_outside(error)):
+            raise
+        said = error if isinstance(error, UserError) else f"the search could not go on: {error}"
+        raise UserError(f"{said}; resume with: prunegym search --resume {run_folder.path}") from error
 
 
 def _search(
-    task: PruningTask, settings: SearchSettings, run_folder: RunFolder | None, progress: Progress
+    task: PruningTask, settings: SearchSettings, run_folder: RunFolder | None, progress: Progress, resume: bool
 ) -> SearchResult:
-    trimmer = Trimmer(task, settings.trim.repair, settings.trim.groups)
-    history = History(run_folder.path / "history.csv" if run_folder else None)
+    scores = score_store(run_folder.path if run_folder else None, settings)
+    trimmer = Trimmer(task, settings.trim.repair, settings.trim.groups, scores=scores)
     environment = TrimEnv(task, settings.trim, trimmer=trimmer)  # refuses impossible settings before any work
-    policy, stopped_by = learn(task, settings, trimmer, environment, history, run_folder, progress)
+    standing = _standing(trimmer, settings, run_folder, progress, resume)
+    if standing.checkpoint is None:
+        check_noise(trimmer, settings, progress)
+    history = standing.history
+    policy, stopped_by = learn(task, settings, trimmer, environment, history, run_folder, progress, standing)
     schedule, candidates = choose(trimmer, settings, history, run_folder, progress)
     if run_folder:
         run_folder.write_schedule(schedule)
@@ -155,7 +174,21 @@ def _search(
     )
     if run_folder:
         run_folder.write_result(result)
+        remove_checkpoints(run_folder.path)
+    if scores is not None:
+        scores.close()
     return result
+
+
+def _standing(
+    trimmer: Trimmer, settings: SearchSettings, run_folder: RunFolder | None, progress: Progress, resume: bool
+) -> Standing:
+    if run_folder is None:
+        return Standing()
+    made_by = origin(trimmer, settings)
+    if resume:
+        return take_up(run_folder.path, made_by, progress.say)
+    return Standing(run_folder.path, made_by, History(run_folder.path / HISTORY))
 
 
 def _resolve(
@@ -194,73 +227,6 @@ def resolve_settings(settings: SearchSettings) -> SearchSettings:
     """Derive the seed of calibration, scoring and retraining from the root seed."""
     repair = replace(settings.trim.repair, seed=derive_seed(settings.seed, "repair"))
     return replace(settings, trim=replace(settings.trim, repair=repair))
-
-
-def learn(
-    task: PruningTask,
-    settings: SearchSettings,
-    trimmer: Trimmer,
-    environment: TrimEnv,
-    history: History,
-    run_folder: RunFolder | None,
-    progress: Progress,
-) -> tuple[BaseAlgorithm, str]:
-    """Train the policy within the limits, then let it act once without noise."""
-    trim, seed = settings.trim, derive_seed(settings.seed, "learner")
-    groups = len(trimmer.groups)
-    own = trim.rounds if settings.max_evaluations > 2 * trim.rounds else 0  # kept for the policy without noise
-    allowed = settings.max_evaluations - own
-    workers = make_environments(task, trim, trimmer, workers=settings.learner.workers, seed=seed)
-    interrupted = False
-    try:
-        learner = make_learner(
-            settings.learner,
-            workers,
-            steps_per_episode=groups * trim.rounds,
-            seed=seed,
-            log_folder=run_folder.path / "tensorboard" if run_folder else None,
-        )
-        with progress.evaluations("search", settings.max_evaluations) as show:
-            callback = SearchCallback(
-                history,
-                max_evaluations=allowed,
-                max_seconds=60 * settings.max_minutes,
-                set_noise=noise_setter(learner, settings.learner),
-                report=show,
-            )
-            try:
-                learner.learn(allowed * groups, callback=callback, tb_log_name="learner")
-                if own and callback.stopped_by != "max_minutes":
-                    callback.record_alone(*_play(learner, environment))
-                    show(history)
-            except KeyboardInterrupt:
-                interrupted = True
-            except ActionError as error:
-                raise UserError(
-                    f"the actions of an agent must stay finite, but {settings.learner.algorithm} diverged; lower "
-                    f"learning_rate, which is {settings.learner.learning_rate:g}"
-                ) from error
-    finally:
-        with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # a worker that died already
-            workers.close()
-    if interrupted:
-        progress.say("interrupted: the best plan so far is built (interrupt again to stop at once)")
-    return learner, "interrupt" if interrupted else callback.stopped_by or "max_evaluations"
-
-
-def _play(learner: BaseAlgorithm, environment: TrimEnv) -> tuple[list[dict[str, Any]], float]:
-    """Play one episode without noise; returns the infos of its scored steps and its reward."""
-    observation, _ = environment.reset()
-    state: Any = None
-    start = np.ones(1, dtype=bool)
-    infos, reward, done = [], 0.0, False
-    while not done:
-        action, state = learner.predict(observation, state, start, deterministic=True)
-        observation, reward, done, _, info = environment.step(action)
-        start = np.zeros(1, dtype=bool)
-        if "accuracy" in info:
-            infos.append(info)
-    return infos, reward
 
 
 def choose(

@@ -6,9 +6,37 @@ from typing import Any
 from ..envs.select import SelectSettings
 from ..envs.trim import TrimSettings
 from ..pruning.checks import check_seed, check_types
-from ..pruning.errors import UserError
+from ..pruning.errors import UserError, closest
 from ..pruning.heuristics import DataFreeSettings, Goal, NetworkTrimmingSettings, RankingSettings
 from ..pruning.prepare import TaskSettings
+
+NOISE_CHECKS = ("refuse", "warn", "off")
+
+
+@dataclass(frozen=True)
+class ImaginationSettings:
+    """How a learner practises on predicted rewards between its evaluations, see `planner`.
+
+    Attributes:
+        updates: Policy updates on imagined episodes after each update of the model; 0 = the policy learns from scored
+            episodes alone. Only for on-policy algorithms, one round, the rule "score" and the "full" observation;
+            otherwise, too, scored episodes alone are learned from.
+        walks: Imagined episodes of each policy update.
+        proposals: Plans that the policy draws, of which the promising ones are scored.
+    """
+
+    updates: int = 8
+    walks: int = 64
+    proposals: int = 192
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types or outside their ranges."""
+        check_types(self)
+        if self.updates < 0 or self.walks < 2 or self.proposals < 1:
+            raise UserError(
+                "imagination needs updates of at least 0, walks of at least 2 and proposals of at least 1, but got "
+                f"{self.updates}, {self.walks} and {self.proposals}"
+            )
 
 
 @dataclass(frozen=True)
@@ -18,7 +46,8 @@ class LearnerSettings:
     Attributes:
         algorithm: PPO, A2C or another Stable-Baselines3 / sb3-contrib algorithm for continuous actions, by name.
         workers: Environments; more than one run in processes of their own.
-        episodes_per_update: Episodes that each worker plays between two updates (on-policy algorithms).
+        episodes_per_update: Episodes that each worker plays between two updates (on-policy algorithms); with
+            imagination, plans that are scored between two updates, by all workers together.
         warmup_episodes: Episodes of uniformly random actions before anything is learned (off-policy algorithms);
             None = episodes_per_update.
         learning_rate: At the start; it falls linearly to a tenth.
@@ -26,6 +55,7 @@ class LearnerSettings:
             the deterministic actions of DDPG and TD3 once their warm-up is over.
         noise_end: The same when all evaluations are spent; the logarithm falls linearly.
         hidden: Units of each hidden layer of policy and value function.
+        imagination: Practice on predicted rewards.
         arguments: Further keyword arguments of the algorithm's constructor, e.g. buffer_size, tau, gradient_steps; for
             DDPG and TD3 n_steps, the steps a return looks ahead, is the whole episode by default.
     """
@@ -38,6 +68,7 @@ class LearnerSettings:
     noise_start: float = -0.7
     noise_end: float = -2.5
     hidden: list[int] = field(default_factory=lambda: [64, 64])
+    imagination: ImaginationSettings = field(default_factory=ImaginationSettings)
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -190,6 +221,10 @@ class SearchSettings:
         candidates: Best plans of the search that are scored again, on the selection split; the best there wins.
         compare: Whether the heuristics are run to the same budget and are allowed the same retraining updates.
         latency_batches: Batch sizes for which the finished networks' forward pass is timed; empty = not timed.
+        noise_check: What happens before the search where the reward images cannot tell plans apart: "refuse", "warn",
+            or "off" (not measured), see `noise_meter`.
+        scores: File of scores that runs share, so that a plan that any of them scored is not scored again; None = one
+            of the run's own, in its folder.
         seed: Root of all random numbers, in [0, 2**63).
     """
 
@@ -201,6 +236,8 @@ class SearchSettings:
     candidates: int = 5
     compare: bool = True
     latency_batches: tuple[int, ...] = (1, 64)
+    noise_check: str = "refuse"
+    scores: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -214,6 +251,9 @@ class SearchSettings:
             )
         if any(batch < 1 for batch in self.latency_batches):
             raise UserError(f"latency_batches must hold sizes from 1, but got {list(self.latency_batches)}")
+        if self.noise_check not in NOISE_CHECKS:
+            hint = closest(self.noise_check, NOISE_CHECKS)
+            raise UserError(f"noise_check must be one of {', '.join(NOISE_CHECKS)}, but got {self.noise_check!r}{hint}")
 
 
 @dataclass(frozen=True)

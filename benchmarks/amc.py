@@ -23,10 +23,11 @@ import numpy as np
 from prunegym.agent.cli import load_task, read_config
 from prunegym.agent.finalists import Finalist, read_test_split
 from prunegym.agent.history import Evaluation, History, SearchCallback
-from prunegym.agent.learner import make_environments, make_learner, noise_setter
+from prunegym.agent.learner import make_learner, noise_setter
 from prunegym.agent.progress import Progress
 from prunegym.agent.search import derive_seed
 from prunegym.agent.settings import SearchSettings
+from prunegym.agent.workers import make_environments
 from prunegym.envs import TrimEnv
 from prunegym.pruning import PruningPlan, Schedule, Trimmer, build
 from prunegym.pruning.heuristics import uniform

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pruning.budget import solve_counts
+from ..pruning.budget import solve_counts, solve_each
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError, closest
 from ..pruning.trimmer import Subject
@@ -55,6 +55,20 @@ class ActionRule(ABC):
         """Return (groups,) the counts that are executed at the end of the round."""
         return self.decided(actions, subject, target)
 
+    def resolve_each(
+        self, actions: NDArray[np.float64], subject: Subject, shares: NDArray[np.float64], unit: str
+    ) -> CountArray:
+        """Return (plans, groups) what `resolve` gives for (plans, groups) actions of an only round.
+
+        Args:
+            actions: In [-1, 1].
+            subject: What is cut.
+            shares: (plans,) of the pristine network's cost that may be left.
+            unit: "macs" or "params".
+        """
+        targets = [RoundTarget(float(share), unit, last=True) for share in shares]
+        return np.array([self.resolve(row, subject, target) for row, target in zip(actions, targets, strict=True)])
+
     def smallest(self, subject: Subject) -> CountArray:
         """Return (groups,) the fewest channels an action can leave."""
         return self.model.allowed.smallest(_widths(subject))
@@ -86,6 +100,12 @@ class ScoreAction(ActionRule):
         """Solve for b."""
         assert target.share is not None  # held by `check`
         return solve_counts(self.model, self.scale * actions, target.share, target.unit, widths=_widths(subject))
+
+    def resolve_each(
+        self, actions: NDArray[np.float64], subject: Subject, shares: NDArray[np.float64], unit: str
+    ) -> CountArray:
+        """Solve for all of them at once."""
+        return solve_each(self.model, self.scale * actions, shares, unit, widths=_widths(subject))
 
     def check(self, budget: float | None, unit: str) -> None:
         """Scores mean something only under a budget."""

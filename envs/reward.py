@@ -20,6 +20,8 @@ class Outcome:
         reference_loss: Of the uniform plan.
         kept: Share of the original cost that is left, in (0, 1], in the budget's unit.
         macs: Multiply-accumulates of one example that are left.
+        divergence: Mean KL(original || trimmed) of the outputs on the reward images, in nats.
+        reference_divergence: Of the uniform plan.
     """
 
     accuracy: float
@@ -29,6 +31,8 @@ class Outcome:
     reference_loss: float
     kept: float
     macs: int
+    divergence: float = math.nan
+    reference_divergence: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class RewardSettings:
             "accuracy_floor": ψ · φ of try-and-learn (Huang et al. 2018): ψ = (b − (p* − p̂)) / b, φ = ln(N / C).
         accepted_drop: b, the accepted drop of accuracy, in (0, 1].
         weights: Weight of each term, replacing the objective's own: "gain_over_uniform" (accuracy, a share),
-            "loss_gain" (cross-entropy below the uniform plan's, in nats), "psi_phi", "accuracy", "saving";
+            "loss_gain" (cross-entropy below the uniform plan's, in nats), "divergence_gain" (mean KL divergence from
+            the original's outputs below the uniform plan's, in nats: agreement with the original, for which labels do
+            not count), "psi_phi", "accuracy", "saving";
             "negative_error" (accuracy - 1) and "error_log_macs" (-(1 - accuracy) · ln MACs) are the rewards of AMC
             (He et al. 2018), the one where a budget is enforced, the other where none is.
     """
@@ -73,6 +79,10 @@ def _loss_gain(outcome: Outcome, settings: RewardSettings) -> float:
     return outcome.reference_loss - outcome.loss
 
 
+def _divergence_gain(outcome: Outcome, settings: RewardSettings) -> float:
+    return outcome.reference_divergence - outcome.divergence
+
+
 def _psi_phi(outcome: Outcome, settings: RewardSettings) -> float:
     psi = (settings.accepted_drop - (outcome.baseline - outcome.accuracy)) / settings.accepted_drop
     return psi * math.log(1.0 / outcome.kept)
@@ -97,6 +107,7 @@ def _error_log_macs(outcome: Outcome, settings: RewardSettings) -> float:
 TERMS: dict[str, Term] = {
     "gain_over_uniform": _gain,
     "loss_gain": _loss_gain,
+    "divergence_gain": _divergence_gain,
     "psi_phi": _psi_phi,
     "accuracy": _accuracy,
     "saving": _saving,
@@ -120,7 +131,7 @@ class Reward:
     @property
     def needs_reference(self) -> bool:
         """Whether the uniform plan has to be scored."""
-        return bool({"gain_over_uniform", "loss_gain"} & set(self.weights))
+        return bool({"gain_over_uniform", "loss_gain", "divergence_gain"} & set(self.weights))
 
     def terms(self, outcome: Outcome) -> dict[str, float]:
         """Return every weighted term by name."""

@@ -18,8 +18,8 @@ from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import round_seed, round_training
 from ..pruning.task import PruningTask
-from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
-from ..pruning.widths import GroupSettings
+from ..pruning.trimmer import Evaluated, RepairSettings, Subject, Trimmed, Trimmer
+from ..pruning.widths import CountArray, GroupSettings
 from .action import ActionRule, RoundTarget, make_action_rule
 from .arguments import make_trimmer
 from .observation import Progress, check_observation, make_observation
@@ -32,8 +32,13 @@ class TrimSettings:
     """Settings of `TrimEnv`.
 
     Attributes:
-        budget: Share of the original cost to keep, in (0, 1]; None only with objective "accuracy_floor".
+        budget: Share of the original cost to keep, in (0, 1]; None only with objective "accuracy_floor", or with a
+            `budget_range`.
         budget_unit: "macs" or "params".
+        budget_range: Lowest and highest budget, both in (0, 1]; each episode draws one, and `budget`, if there is one,
+            must lie between. None = each episode has `budget`.
+        budget_levels: How many budgets of that range are drawn, 2 or more, evenly spaced on a logarithmic scale from
+            the lowest to the highest. The uniform plan is scored once for each of them.
         rounds: Walks over the groups in one episode; the budget is approached geometrically.
         action: "score", "ratio" or "threshold", see `envs.action`.
         observation: "full" (29 features) or "amc" (the eleven of AMC), see `envs.observation`.
@@ -50,6 +55,8 @@ class TrimSettings:
 
     budget: float | None = 0.3
     budget_unit: str = "macs"
+    budget_range: tuple[float, float] | None = None
+    budget_levels: int = 16
     rounds: int = 1
     action: str = "score"
     observation: str = "full"
@@ -70,6 +77,7 @@ class TrimSettings:
             raise UserError(
                 f"budget must be in (0, 1], but got budget={self.budget}; it is the share of {self.budget_unit} to keep"
             )
+        self._check_range()
         check_observation(self.observation)
         if self.rounds < 1 or self.retrain_updates < 0:
             raise UserError(
@@ -86,8 +94,35 @@ class TrimSettings:
                 f"action 'threshold' is a threshold on APoZ, so criterion must be 'apoz', "
                 f"but got {self.repair.criterion!r}"
             )
-        if self.budget is None and Reward(self.reward).needs_reference:
+        if self.budget is None and self.budget_range is None and Reward(self.reward).needs_reference:
             raise UserError("objective 'budget' needs a budget; set one, or use objective 'accuracy_floor'")
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets that episodes draw from, ascending; none without a range."""
+        if self.budget_range is None:
+            return ()
+        low, high = self.budget_range
+        between = np.geomspace(low, high, self.budget_levels)[1:-1].tolist()
+        return (low, *between, high) if low < high else (low,)
+
+    def _check_range(self) -> None:
+        if self.budget_levels < 2:
+            raise UserError(f"budget_levels must be at least 2, but got {self.budget_levels}")
+        if self.budget_range is None:
+            return
+        if len(self.budget_range) != 2 or not 0 < self.budget_range[0] <= self.budget_range[1] <= 1:
+            raise UserError(
+                "budget_range must be the lowest and the highest budget, both in (0, 1], but got "
+                f"{list(self.budget_range)}; give two shares such as [0.2, 0.6]"
+            )
+        low, high = (float(end) for end in self.budget_range)
+        object.__setattr__(self, "budget_range", (low, high))  # a list from a file, whole numbers from a person
+        if self.budget is not None and not low <= self.budget <= high:
+            raise UserError(
+                f"budget must lie in budget_range, from {low:g} to {high:g}, but got budget={self.budget:g}; "
+                "widen the range, or set budget to null to have none of its own"
+            )
 
 
 class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -141,17 +176,22 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ## Reward
     0 until the last step of an episode; then the sum of named terms × weights. Objective "budget":
     10 × (accuracy − accuracy of the uniform plan at the same budget, same repair, same retraining). Objective
-    "accuracy_floor": ψ · φ with the accepted drop b.
+    "accuracy_floor": ψ · φ with the accepted drop b. `RewardSettings.weights` names other terms, such as
+    "divergence_gain", agreement with the original's outputs beyond the uniform plan's.
 
     ## Start, end
-    `reset(options={"budget": 0.4})` changes the budget for one episode; other keys are refused. Episodes terminate
-    after groups × rounds steps and are never truncated.
+    With `TrimSettings.budget_range` each episode draws its budget from that range, by the environment's own random
+    numbers (`reset(seed=…)`); else it is `TrimSettings.budget`. `reset(options={"budget": 0.4})` names the budget of
+    one episode, in the range where there is one; other keys are refused. Episodes terminate after groups × rounds
+    steps and are never truncated.
 
     ## Info
     Each step: `group` (the group just decided). At the end of each round also `requested` and `executed` (share of
-    the original channels, by group), `accuracy`, `loss`, `params`, `macs`, `kept` (share of the budget's unit), `plan`
-    (channels that stay, by group). At the end of an episode also `reward_terms`, `reference_accuracy` and `plans`
-    (one per round). No wall-clock times.
+    the original channels, by group), `accuracy`, `loss`, `divergence` (mean KL divergence from the original's outputs,
+    in nats), `params`, `macs`, `kept` (share of the budget's unit), `plan` (channels that stay, by group), `cached`
+    (whether the score was taken from the trimmer's store; only that of a last round can be). At the end of an episode
+    also `budget` (None = there was none), `reward_terms`, `reference_accuracy` and `plans` (one per round). No
+    wall-clock times.
 
     ## Arguments
     `task`: a `PruningTask`, by default embedded digits with a small LeNet; `settings`: `TrimSettings`;
@@ -185,13 +225,14 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._reward = Reward(self.settings.reward)
         self.observation_space: gym.spaces.Box = self._observation.space()  # type: ignore[assignment]
         self.action_space: gym.spaces.Box = self._rule.space()  # type: ignore[assignment]
+        self._budgets = self.settings.budgets
         self._references: dict[float | None, Score] = {}
         self._budget = self.settings.budget
         self._subject: Subject | None = None
         self._actions: list[float] = []
         self._previous = 0.0
         self._plans: list[PruningPlan] = []
-        self._score: Trimmed | None = None
+        self._score: Trimmed | Evaluated | None = None
         self._seed = self.settings.repair.seed
 
     # ---- the three verbs ------------------------------------------------------------------------------------------
@@ -201,8 +242,11 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """Start from the pristine network; `options={"budget": share}` sets the budget of this episode."""
         super().reset(seed=seed)
         chosen = check_keys(options, {"budget": "0.4"}, "options")
-        settings = replace(self.settings, **chosen) if chosen else self.settings  # which know what a budget may be
-        budget = settings.budget
+        budget = replace(self.settings, **chosen).budget if chosen else None  # the settings know what it may be
+        if budget is None and self._budgets:
+            budget = self._budgets[self.np_random.integers(len(self._budgets))]
+        elif not chosen:
+            budget = self.settings.budget
         self._rule.check(budget, self.settings.budget_unit)
         self._budget = budget
         self._subject = self.trimmer.pristine
@@ -248,25 +292,28 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         assert self._subject is not None
         subject, actions = self._subject, np.array(self._actions)
         counts = self._rule.resolve(actions, subject, self._target(len(self._plans)))
-        trimmed = self._trim(subject, counts, len(self._plans))
+        last = len(self._plans) + 1 == self.settings.rounds
+        scored = self._score_counts(subject, counts, len(self._plans), last=last)
         originals = self.trimmer.cost_model.widths
         present = np.array([group.width for group in subject.groups])
         requested = self._rule.requested(actions, subject) * present / originals
-        self._plans.append(trimmed.plan)
-        self._score = trimmed
+        self._plans.append(scored.plan)
+        self._score = scored
         self._actions = []
-        if len(self._plans) < self.settings.rounds:
-            self._subject = self.trimmer.examine_trimmed(trimmed)
+        if isinstance(scored, Trimmed):
+            self._subject = self.trimmer.examine_trimmed(scored)
         names = [group.name for group in subject.groups]
         return {
             "requested": dict(zip(names, requested.tolist(), strict=True)),
             "executed": dict(zip(names, (counts / originals).tolist(), strict=True)),
-            "accuracy": trimmed.score.accuracy,
-            "loss": trimmed.score.loss,
-            "params": trimmed.cost.params,
-            "macs": trimmed.cost.macs,
-            "kept": self._kept(trimmed),
-            "plan": trimmed.plan.to_dict(),
+            "accuracy": scored.score.accuracy,
+            "loss": scored.score.loss,
+            "divergence": scored.score.divergence,
+            "params": scored.cost.params,
+            "macs": scored.cost.macs,
+            "kept": self._kept(scored),
+            "plan": scored.plan.to_dict(),
+            "cached": isinstance(scored, Evaluated) and scored.cached,
         }
 
     def _pay(self) -> tuple[float, dict[str, Any]]:
@@ -280,12 +327,24 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             reference_loss=reference.loss,
             kept=self._kept(self._score),
             macs=self._score.cost.macs,
+            divergence=self._score.score.divergence,
+            reference_divergence=reference.divergence,
         )
         terms = self._reward.terms(outcome)
-        report: dict[str, Any] = {"reward_terms": terms, "plans": [plan.to_dict() for plan in self._plans]}
+        plans = [plan.to_dict() for plan in self._plans]
+        report: dict[str, Any] = {"budget": self._budget, "reward_terms": terms, "plans": plans}
         if self._reward.needs_reference:
             report["reference_accuracy"] = reference.accuracy
         return self._reward.total(terms), report
+
+    def widths_after(self, actions: NDArray[np.float64], budgets: NDArray[np.float64]) -> CountArray:
+        """Return (plans, groups) the channels that plans of one round leave; nothing is cut or scored.
+
+        Args:
+            actions: (plans, groups) in [-1, 1].
+            budgets: (plans,) of their episodes.
+        """
+        return self._rule.resolve_each(actions, self.trimmer.pristine, budgets, self.settings.budget_unit)
 
     def reference(self, budget: float | None) -> Score:
         """Return the score, on the reward images, of uniform rounds to the same budget; scored once per budget."""
@@ -296,16 +355,21 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             for place in range(self.settings.rounds):
                 target = RoundTarget(self._share(budget, place), self.settings.budget_unit, True)
                 counts = rule.resolve(np.zeros(len(subject.groups)), subject, target)
-                trimmed = self._trim(subject, counts, place)
-                if place + 1 < self.settings.rounds:
-                    subject = self.trimmer.examine_trimmed(trimmed)
-            self._references[budget] = trimmed.score
+                scored = self._score_counts(subject, counts, place, last=place + 1 == self.settings.rounds)
+                if isinstance(scored, Trimmed):
+                    subject = self.trimmer.examine_trimmed(scored)
+            self._references[budget] = scored.score
         return self._references[budget]
 
-    def _trim(self, subject: Subject, counts: NDArray[np.int64], place: int) -> Trimmed:
+    def _score_counts(
+        self, subject: Subject, counts: NDArray[np.int64], place: int, *, last: bool
+    ) -> Trimmed | Evaluated:
+        """Score round `place`; of the last one nothing is left to cut, so that a stored score will do."""
         retraining = round_training(self.settings.retraining, self.settings.retrain_updates, last=False)
-        plan = self.trimmer.plan(counts, subject)
-        return self.trimmer.trim(plan, subject, retraining=retraining, seed=round_seed(self._seed, place))
+        plan, seed = self.trimmer.plan(counts, subject), round_seed(self._seed, place)
+        if last:
+            return self.trimmer.evaluate(plan, subject, retraining=retraining, seed=seed)
+        return self.trimmer.trim(plan, subject, retraining=retraining, seed=seed)
 
     def _observe(self) -> NDArray[np.float32]:
         assert self._subject is not None
@@ -347,13 +411,13 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """Return what may be left after round `place`: the budget is approached geometrically."""
         return None if budget is None else budget ** ((place + 1) / self.settings.rounds)
 
-    def _kept(self, trimmed: Trimmed) -> float:
+    def _kept(self, scored: Trimmed | Evaluated) -> float:
         unit = self.settings.budget_unit
-        return trimmed.cost.of(unit) / self.trimmer.cost_model.full.of(unit)
+        return scored.cost.of(unit) / self.trimmer.cost_model.full.of(unit)
 
 
 def checked_rule(model: CostModel, settings: TrimSettings) -> ActionRule:
-    """Return the rule that `settings` ask for; refuse a budget that it cannot meet.
+    """Return the rule that `settings` ask for; refuse a budget, or a range of budgets, that it cannot meet.
 
     Raises:
         UserError: Unknown rule or unit, or an unreachable budget; the smallest reachable one is named.
@@ -361,7 +425,10 @@ def checked_rule(model: CostModel, settings: TrimSettings) -> ActionRule:
     rule = make_action_rule(
         settings.action, model, score_scale=settings.score_scale, largest_trim=settings.largest_trim
     )
-    rule.check(settings.budget, settings.budget_unit)
+    if settings.budget is not None or not settings.budgets:
+        rule.check(settings.budget, settings.budget_unit)
+    if settings.budgets:
+        rule.check(settings.budgets[0], settings.budget_unit)
     return rule
 
 

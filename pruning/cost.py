@@ -120,12 +120,21 @@ class CostModel:
                 [counts.get(name, width) for name, width in zip(self.names, self.widths, strict=True)],
                 dtype=np.int64,
             )
-        elements = (self._sizes - self._falls @ (self.widths - counts)).prod(1)
-        return Cost(
-            params=round(float(elements.sum())),
-            macs=round(float(self._uses @ elements)) + self._rest,
-            uncounted=self.full.uncounted,
-        )
+        params, macs = self._elements(counts[None])
+        return Cost(params=int(params[0]), macs=int(macs[0]), uncounted=self.full.uncounted)
+
+    def costs(self, counts: NDArray[np.int64], unit: str) -> NDArray[np.int64]:
+        """Return (plans,) the cost, in a unit, when (plans, groups) `counts` channels stay."""
+        params, macs = self._elements(counts)
+        return params if unit == "params" else macs
+
+    def _elements(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (plans,) parameters and (plans,) MACs."""
+        tensors, dims, groups = self._falls.shape
+        missing = self._falls.reshape(-1, groups) @ (self.widths - counts).T  # (tensors * dims, plans)
+        elements = (self._sizes[:, :, None] - missing.reshape(tensors, dims, -1)).prod(1)  # (tensors, plans)
+        params, macs = elements.sum(0), self._uses @ elements
+        return np.rint(params).astype(np.int64), np.rint(macs).astype(np.int64) + self._rest
 
     def share(self, counts: Mapping[str, int] | NDArray[np.int64], unit: str) -> float:
         """Return the cost relative to the whole network, in (0, 1]."""

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .architecture import Architecture, is_architecture
 from .architectures import CifarResNet, CifarVgg16, LeNet, LeNet300
 from .errors import UserError, closest
+from .narrowing import GROUP_WIDTHS, narrow
 from .torchvision_compat import torchvision
 from .user_code import user_function
 
@@ -114,14 +117,16 @@ def build_network(
     take both, the CIFAR networks only `in_channels` (they pool whatever size comes), of torchvision's
     networks ViT and MaxViT take `image_size`. `module:function` and `path/to/file.py:function` call the
     user's own function with `arguments` only; its folder (for a module: the working directory) is put on
-    the import path and stays there, so that worker processes can import it too.
+    the import path and stays there, so that worker processes can import it too. `path/to/architecture.yaml`
+    builds what `build_architecture` does.
 
     Args:
-        name: One of `network_names()`, `module:function` or `path/to/file.py:function`.
+        name: One of `network_names()`, `module:function`, `path/to/file.py:function` or an architecture file.
         classes: Number of outputs; the record's own number where None.
         in_channels: Channels of an image; torchvision's networks accept only 3.
         image_size: Height and width of an image in pixels.
-        arguments: Further keyword arguments, such as `{"widths": (8, 16, 64)}` for a LeNet.
+        arguments: Further keyword arguments, such as `{"widths": (8, 16, 64)}` for a LeNet. Any network takes
+            `group_widths`, channels by channel group, and is made narrower, see `narrowing.narrow`.
         seed: Seed of the weights, drawn without touching torch's global random state. None draws them from
             that state, as building any module does.
 
@@ -132,12 +137,18 @@ def build_network(
         UserError: The name is unknown, an argument is not accepted, or the user's function is not there or
             returns something else than a module.
     """
+    if is_architecture(name):
+        named = Architecture.load(name)
+        return _from_architecture(named, classes, in_channels, image_size, arguments or {}, seed, name)
     given = dict(arguments or {})
+    widths = given.pop(GROUP_WIDTHS, None)
+    whole: tuple[int | None, ...] = (None, None, None)
     if ":" in name:
         build = user_function(name)
     elif name in NETWORKS:
         record = NETWORKS[name]
         build = record.build
+        whole = record.image_shape
         given = _shape_arguments(record, classes, in_channels, image_size) | given
     else:
         hint = "; add ':function' to name the function in it" if name.endswith(".py") else closest(name, NETWORKS)
@@ -147,10 +158,83 @@ def build_network(
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
         network = build(**given)
-    if not isinstance(network, nn.Module):
-        kind = type(network).__name__
-        raise UserError(f"{name!r} must return a torch.nn.Module, but returned {kind}; return the network")
-    return network
+        if not isinstance(network, nn.Module):
+            kind = type(network).__name__
+            raise UserError(f"{name!r} must return a torch.nn.Module, but returned {kind}; return the network")
+        if widths is None:
+            return network
+        channels, side = in_channels or whole[0], image_size or whole[1]
+        if channels is None or side is None:
+            raise UserError(
+                f"{GROUP_WIDTHS} of {name!r} need the shape of an image, but got {in_channels=} and {image_size=}; "
+                "give both"
+            )
+        # only a network that is made here is known to bring no trained weights
+        return narrow(network, widths, (channels, side, side), drawn=":" not in name)
+
+
+def build_architecture(
+    source: Architecture | Mapping[str, Any] | str | Path,
+    *,
+    network: nn.Module | None = None,
+    classes: int | None = None,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """Build a pruned architecture with random weights, on the CPU and in training mode.
+
+    The named network is built and narrowed to the widths of its channel groups, which are found anew on a copy. Its
+    weights have the scale that its own constructor gives layers of that width; see `narrowing.narrow`.
+
+    Args:
+        source: What `Architecture.load` read, the content of such a file, or its path.
+        network: The network of full width, for an architecture without a name; left untouched, its weights not used.
+        classes: Number of outputs; the architecture's where None.
+        in_channels: Channels of an image; the architecture's where None.
+        image_size: Height and width of an image in pixels; the architecture's where None.
+        seed: As for `build_network`.
+
+    Raises:
+        UserError: The file is missing or no architecture, a group is unknown or cannot be cut, a width is beyond the
+            group's, or as `build_network`.
+    """
+    where = str(source) if isinstance(source, (str, Path)) else "the architecture"
+    if isinstance(source, (str, Path)):
+        source = Architecture.load(source)
+    elif not isinstance(source, Architecture):
+        source = Architecture.from_dict(source)
+    if network is None:
+        return _from_architecture(source, classes, in_channels, image_size, {}, seed, where)
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        return narrow(network, source.widths, source.input_shape, drawn=False).cpu().train()
+
+
+def _from_architecture(
+    found: Architecture,
+    classes: int | None,
+    in_channels: int | None,
+    image_size: int | None,
+    arguments: Mapping[str, Any],
+    seed: int | None,
+    where: str,
+) -> nn.Module:
+    """Build the network that an architecture names; what is given comes before what it says."""
+    name, known = found.build_arguments(where)
+    shape = found.input_shape
+    try:
+        return build_network(
+            name,
+            classes=found.classes if classes is None else classes,
+            in_channels=shape[0] if in_channels is None else in_channels,
+            image_size=shape[-1] if image_size is None else image_size,
+            arguments={**known, **arguments},
+            seed=seed,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _shape_arguments(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .architecture import Architecture, is_architecture
 from .artifact import weight_bytes, write_atomically
 from .checks import check_seed, check_types
 from .data import DataSplits, SplitSettings, TensorSplit, load_data
@@ -37,8 +38,9 @@ class TaskSettings:
     """Which network, on which data.
 
     Attributes:
-        network: Built-in or torchvision name, or the user's own as `module:function` or `file.py:function`.
-        network_arguments: Keyword arguments of the network.
+        network: Built-in or torchvision name, the user's own as `module:function` or `file.py:function`, or the
+            `architecture.yaml` of a pruned one, to be trained from scratch.
+        network_arguments: Keyword arguments of the network; they come before those of an architecture file.
         weights: File with trained weights (.safetensors or a plain state dict); None = train here.
         data: Name of the data set, see `data.data_names()`.
         data_root: Folder that holds it.
@@ -77,13 +79,26 @@ class TaskSettings:
         heldout = self.splits.heldout
         return dataclasses.replace(
             self,
-            network=locate_function(self.network, folder),
+            network=locate(self.network, folder)
+            if is_architecture(self.network)
+            else locate_function(self.network, folder),
             weights=None if self.weights is None else locate(self.weights, folder),
             data_root=None if self.data_root is None else locate(self.data_root, folder),
             splits=self.splits if heldout is None else dataclasses.replace(
                 self.splits, heldout=locate(heldout, folder)
             ),
         )  # fmt: skip
+
+    def unfolded(self) -> "TaskSettings":
+        """Return the settings with an architecture file replaced by the network it names, narrowed.
+
+        Raises:
+            UserError: The file is missing, is no architecture, or names no network.
+        """
+        if not is_architecture(self.network):
+            return self
+        network, arguments = Architecture.load(self.network).build_arguments(self.network)
+        return dataclasses.replace(self, network=network, network_arguments={**arguments, **self.network_arguments})
 
 
 def cache_folder() -> Path:
@@ -115,6 +130,12 @@ def prepare_task(
     """
     check_seed(seed)
     typed, settings = settings, settings.located(folder)
+    label = typed.network
+    if is_architecture(settings.network):
+        settings = settings.unfolded()
+        label = f"{settings.network}, narrowed,"
+        # what is saved of the task holds the widths, so that it can be built without the file
+        typed = dataclasses.replace(typed, network=settings.network, network_arguments=settings.network_arguments)
     data = load_data(
         settings.data,
         root=settings.data_root,
@@ -143,7 +164,7 @@ def prepare_task(
         "mean": list(data.mean), "std": list(data.std),
     }  # fmt: skip
     task = PruningTask.from_data(  # also checks network and data before any training
-        network, data, metric=settings.metric, name=f"{typed.network} on {typed.data}", source=source
+        network, data, metric=settings.metric, name=f"{label} on {typed.data}", source=source
     )
     if settings.weights is None:
         _trained(network, data, settings, seed, device, progress)

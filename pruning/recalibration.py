@@ -6,26 +6,32 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .precision import autocast, check_precision
 from .tracing import evaluation_mode
 
 BATCH_NORM_SAMPLES = 32
 """Fewest examples from which batch-norm statistics are re-estimated."""
 
 
-def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> int:
+def recalibrate(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Tensor], *, precision: str = "float32"
+) -> int:
     """Re-estimate every batch norm's running mean and variance from data (EagleEye, Li et al. 2020).
 
     Args:
         network: Changed in place; only running statistics change, modes come back.
         batches: Inputs (N, …), which are not changed, or pairs of which the first is taken.
+        precision: Of the forward passes, a name from `precision.PRECISIONS`; the statistics are gathered in the
+            numbers of the batch norms.
 
     Returns:
         Number of batch norms re-estimated (0: nothing to do, no data is read).
 
     Raises:
         UserError: Fewer than `BATCH_NORM_SAMPLES` examples came, or some that are NaN or infinite, or make an
-            activation so; the statistics are left as they were.
+            activation so; the statistics are left as they were. Or the precision is unknown.
     """
+    check_precision(precision)
     norms = [
         module
         for module in network.modules()
@@ -54,7 +60,8 @@ def recalibrate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | Te
                         "leave them out or repair them"
                     )
                 samples += len(inputs)
-                network(inputs.clone())  # a network may begin in place
+                with autocast(precision, inputs.device):
+                    network(inputs.clone())  # a network may begin in place
             if samples < BATCH_NORM_SAMPLES:
                 raise UserError(
                     f"batch norm needs at least {BATCH_NORM_SAMPLES} examples to be recalibrated, but got {samples}; "

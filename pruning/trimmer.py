@@ -2,14 +2,15 @@
 
     subject --plan--> cut -> compensated -> batch norm recalibrated -> (retrained) -> scored, costed
 
-The environment, the heuristics, the controls and the final build all call `Trimmer.trim`, so that they are
-compared on the same ground.
+The environment, the heuristics, the controls and the final build all call `Trimmer.trim`, or `Trimmer.evaluate` where
+only the score is wanted, so that they are compared on the same ground.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +21,16 @@ from .checks import SEEDS, check_seed, check_types
 from .compensation import compensate, get_compensation
 from .cost import Cost, CostModel, count_cost
 from .criteria import RankingContext, get_criterion, rank_channels
-from .data import Split
+from .data import Split, TensorSplit
 from .errors import UserError
-from .evaluation import Score, evaluate
+from .evaluation import Score, evaluate, log_probabilities
+from .fingerprint import FORMAT, digest, groups_digest, network_digest, split_digest, versions
 from .grouping import find_groups
 from .groups import ChannelGroup, shrink_groups
 from .least_squares import residual_when
 from .optimizer_state import OptimizerState, slice_state
 from .plan import PruningPlan
+from .precision import check_precision, takes_channels_last
 from .recalibration import recalibrate
 from .retraining import RetrainResult, RetrainSettings, retrain
 from .statistics import Statistics, measure
@@ -47,6 +50,8 @@ class RepairSettings:
         recalibration_images: Training images for batch norm; 0 = batch norm stays as it is.
         reward_images: Images of the reward split used for scoring; 0 = all.
         batch_size: Examples a forward pass.
+        precision: "float32", or "bfloat16" for autocast, of batch-norm recalibration and of scores on the reward
+            images: faster on GPUs and on CPUs that compute in bfloat16. Scores on the selection split are in float32.
         seed: Decides which images are drawn, in [0, 2**63).
     """
 
@@ -56,6 +61,7 @@ class RepairSettings:
     recalibration_images: int = 512
     reward_images: int = 0
     batch_size: int = 256
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +70,7 @@ class RepairSettings:
         check_seed(self.seed)
         get_criterion(self.criterion)
         get_compensation(self.compensation)
+        check_precision(self.precision)
         if self.calibration_images < 1 or self.recalibration_images < 0 or self.reward_images < 0:
             raise UserError(
                 "calibration_images must be at least 1, recalibration_images and reward_images at least 0, but got "
@@ -85,6 +92,8 @@ class Subject:
         criterion: Name of the criterion that ranks its channels.
         seed: Of a criterion that draws random numbers.
         state: What the optimizer of the last training remembers of it, or None.
+        lineage: Digest of each cut and training that made it out of the pristine network, first to last; None where
+            they are not known.
     """
 
     network: nn.Module
@@ -94,6 +103,7 @@ class Subject:
     criterion: str
     seed: int = 0
     state: OptimizerState | None = None
+    lineage: tuple[str, ...] | None = None
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -136,6 +146,7 @@ class Trimmed:
         retraining: What training did, or None.
         state: Where the optimizer of the next training goes on: what the last one left, or what was left before the
             cut, sliced with it. None = at rest.
+        lineage: As of `Subject`.
     """
 
     network: nn.Module
@@ -144,6 +155,34 @@ class Trimmed:
     cost: Cost
     retraining: RetrainResult | None = None
     state: OptimizerState | None = None
+    lineage: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a plan is worth.
+
+    Attributes:
+        score: On the reward split.
+        cost: Parameters and MACs.
+        plan: What stays of the pristine network.
+        cached: Whether the score came from the store.
+    """
+
+    score: Score
+    cost: Cost
+    plan: PruningPlan
+    cached: bool = False
+
+
+class ScoreStore(Protocol):
+    """Where scores are kept by what decided them, such as `score_cache.ScoreCache`."""
+
+    def get(self, key: str) -> Score | None:
+        """Return the score of a key, or None."""
+
+    def put(self, key: str, score: Score) -> None:
+        """Keep a score."""
 
 
 class Trimmer:
@@ -159,6 +198,7 @@ class Trimmer:
             kept by whoever makes a plan, not demanded of a plan that is given.
         lean: Whether only those statistics are measured that the criterion and the compensation read. An agent that
             observes the network wants them all.
+        scores: Where `evaluate` finds scores and leaves them; None = everything is scored.
     """
 
     def __init__(
@@ -168,16 +208,19 @@ class Trimmer:
         group_settings: GroupSettings | None = None,
         *,
         lean: bool = False,
+        scores: ScoreStore | None = None,
     ) -> None:
         self.lean = lean
+        self.scores = scores
         self.task = task
         self.settings = settings or RepairSettings()
         self.group_settings = group_settings or GroupSettings()
 
     def with_settings(self, settings: RepairSettings, *, lean: bool | None = None) -> "Trimmer":
-        """Return a trimmer of the same task with other settings; the groups are not searched for again."""
-        other = Trimmer(self.task, settings, self.group_settings, lean=self.lean if lean is None else lean)
-        other.groups, other.cost_model = self.groups, self.cost_model
+        """Return a trimmer of the same task and store with other settings; the groups are not searched for again."""
+        lean = self.lean if lean is None else lean
+        other = Trimmer(self.task, settings, self.group_settings, lean=lean, scores=self.scores)
+        other.groups, other.cost_model, other._foretold = self.groups, self.cost_model, self._foretold
         return other
 
     @cached_property
@@ -198,18 +241,19 @@ class Trimmer:
 
     @cached_property
     def recalibration(self) -> Split:
-        """Training images for batch norm, normalised once."""
-        return self._draw(self.task.train, self.settings.recalibration_images, 2)
+        """Training images for batch norm, normalised and laid out once."""
+        return self._laid_out(self._draw(self.task.train, self.settings.recalibration_images, 2))
 
     @cached_property
     def reward(self) -> Split:
-        """Images of the reward split, normalised once."""
-        return self._draw(self.task.reward, self.settings.reward_images or len(self.task.reward), 3)
+        """Images of the reward split, normalised and laid out once."""
+        return self._laid_out(self._draw(self.task.reward, self.settings.reward_images or len(self.task.reward), 3))
 
     @cached_property
     def pristine(self) -> Subject:
         """The original network, measured."""
-        return self.examine(self.task.network, self.groups, PruningPlan.full(self.groups))
+        subject = self.examine(self.task.network, self.groups, PruningPlan.full(self.groups))
+        return replace(subject, lineage=())
 
     @cached_property
     def baseline(self) -> Score:
@@ -233,7 +277,7 @@ class Trimmer:
     def examine_trimmed(self, trimmed: Trimmed) -> Subject:
         """Make what an earlier trim left ready for another round; no graph is traced again."""
         subject = self.examine(trimmed.network, shrink_groups(self.groups, trimmed.plan), trimmed.plan)
-        return replace(subject, state=trimmed.state)
+        return replace(subject, state=trimmed.state, lineage=trimmed.lineage)
 
     def plan(self, counts: Sequence[int] | np.ndarray, subject: Subject | None = None) -> PruningPlan:
         """Return the plan that keeps the `counts` (groups,) most important channels, in `subject`'s numbering."""
@@ -241,6 +285,38 @@ class Trimmer:
         names = [group.name for group in subject.groups]
         chosen = {name: int(count) for name, count in zip(names, counts, strict=True)}
         return PruningPlan.from_counts(subject.groups, chosen, subject.orders)
+
+    def evaluate(
+        self,
+        plan: PruningPlan,
+        subject: Subject | None = None,
+        *,
+        retraining: RetrainSettings | None = None,
+        seed: int = 0,
+    ) -> Evaluated:
+        """Return what `trim` would score, without the network; what the store knows is not worked out again.
+
+        Args:
+            plan: What stays of `subject`, in its numbering.
+            subject: What is cut; the pristine network by default. A network that was neither cut nor trained by this
+                trimmer is scored without the store.
+            retraining: Training after the repair; none by default.
+            seed: Of that training.
+        """
+        subject = subject or self.pristine
+        store = self.scores
+        if store is None or subject.lineage is None:
+            trimmed = self.trim(plan, subject, retraining=retraining, seed=seed)
+            return Evaluated(trimmed.score, trimmed.cost, trimmed.plan)
+        plan = plan.completed(subject.groups)
+        key = self._key(plan, subject.lineage, retraining if _trains(retraining) else None, seed)
+        score = store.get(key)
+        if score is None:
+            trimmed = self.trim(plan, subject, retraining=retraining, seed=seed)
+            store.put(key, trimmed.score)
+            return Evaluated(trimmed.score, trimmed.cost, trimmed.plan)
+        whole = subject.plan.then(plan)
+        return Evaluated(score, self.cost_of(whole), whole, cached=True)
 
     def trim(
         self,
@@ -276,17 +352,22 @@ class Trimmer:
         if state is not None:
             state = slice_state(state, subject.groups, plan, subject.network)
         done = None
-        if retraining is not None and (retraining.updates or retraining.epochs):
+        plan = plan.completed(subject.groups)
+        lineage = _longer(subject.lineage, _cut_digest(plan))
+        if retraining is not None and _trains(retraining):
             done = self._retrain(network, retraining, seed, state, progress)
             state = done.state
+            lineage = _longer(lineage, _training_digest(retraining, seed))
         network.eval()
+        whole = subject.plan.then(plan)
         return Trimmed(
             network=network,
-            plan=subject.plan.then(plan.completed(subject.groups)),
+            plan=whole,
             score=self.score(network),
-            cost=count_cost(network, self.task.example),
+            cost=self.cost_of(whole, network),
             retraining=done,
             state=state,
+            lineage=lineage,
         )
 
     def retrain(
@@ -300,7 +381,21 @@ class Trimmer:
         """Train what a trim left, in place and from the optimizer state it holds, and score it again."""
         done = self._retrain(trimmed.network, settings, seed, trimmed.state, progress)
         state = done.state if done.updates else trimmed.state
-        return replace(trimmed, score=self.score(trimmed.network), retraining=done, state=state)
+        lineage = _longer(trimmed.lineage, _training_digest(settings, seed)) if _trains(settings) else trimmed.lineage
+        return replace(trimmed, score=self.score(trimmed.network), retraining=done, state=state, lineage=lineage)
+
+    def cost_of(self, plan: PruningPlan, network: nn.Module | None = None) -> Cost:
+        """Return what a plan leaves of the pristine network costs, as `cost.count_cost` counts it.
+
+        Args:
+            plan: In the pristine numbering.
+            network: What it leaves, if at hand; else it is cut where it has to be run to be counted.
+        """
+        if self._foretold:
+            return self.cost_model.cost(plan.counts)
+        if network is None:
+            network = apply_plan(self.task.network, self.groups, plan)
+        return count_cost(network, self.task.example)
 
     def _retrain(
         self,
@@ -325,15 +420,80 @@ class Trimmer:
     def recalibrate(self, network: nn.Module) -> None:
         """Re-estimate the batch norms of `network` in place, if it has any and the settings ask for it."""
         if self.settings.recalibration_images:
-            recalibrate(network, (images for images, _ in self._batches(self.recalibration)))
+            images = (images for images, _ in self._batches(self.recalibration))
+            recalibrate(network, images, precision=self.settings.precision)
 
     def score(self, network: nn.Module) -> Score:
         """Score a network on the reward images."""
-        return evaluate(network, self._batches(self.reward), self.task.metric)
+        return evaluate(
+            network,
+            self._batches(self.reward),
+            self.task.metric,
+            precision=self.settings.precision,
+            original=self._original,
+        )
 
     def score_selection(self, network: nn.Module) -> Score:
-        """Score a network on the selection split."""
+        """Score a network on the selection split, in the network's own precision."""
         return evaluate(network, self._batches(self.task.selection), self.task.metric)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of all that decides a score beside the plan and the training: network, images, repair, versions."""
+        repair = get_compensation(self.settings.compensation)
+        return digest(
+            FORMAT,
+            versions(),
+            network_digest(self.task.network, self.task.example),
+            groups_digest(self.groups),
+            str(self.task.example.device.type),
+            self.task.metric,
+            [self.settings.compensation, self.settings.batch_size, self.settings.precision, self._channels_last],
+            split_digest(self.calibration) if repair.needs_data else None,
+            split_digest(self.recalibration) if self.settings.recalibration_images else None,
+            split_digest(self.reward),
+        )
+
+    def _key(self, plan: PruningPlan, lineage: tuple[str, ...], retraining: RetrainSettings | None, seed: int) -> str:
+        """Return what the score of a plan (complete, in its subject's numbering) is kept under."""
+        steps = [*lineage, _cut_digest(plan)]
+        if retraining is not None:
+            steps.append(_training_digest(retraining, seed))
+        if any(step.startswith(TRAINED) for step in steps):
+            steps.append(self._train_digest)
+        if any(step.startswith(CHECKED) for step in steps):
+            steps.append(self._selection_digest)
+        return digest(self.fingerprint, steps)
+
+    @cached_property
+    def _train_digest(self) -> str:
+        return split_digest(self.task.train)
+
+    @cached_property
+    def _selection_digest(self) -> str:
+        return split_digest(self.task.selection)
+
+    @cached_property
+    def _channels_last(self) -> bool:
+        """Whether images lie channels last, in which most convolutions are faster."""
+        return takes_channels_last(self.task.network, self.task.example)
+
+    @cached_property
+    def _original(self) -> tuple[Tensor, ...]:
+        """The original's log-probabilities (N, classes) for each batch of reward images."""
+        batches = self._batches(self.reward)
+        return log_probabilities(self.task.network, batches, precision=self.settings.precision)
+
+    @cached_property
+    def _foretold(self) -> bool:
+        """Whether the cost model foretells what is counted, tried where it has most to foretell: the narrowest plan.
+
+        It does not where a cut changes how often a weight is used, or products of activations with each other.
+        """
+        model = self.cost_model
+        counts = model.allowed.smallest(model.widths)
+        plan = PruningPlan.from_counts(self.groups, dict(zip(model.names, counts.tolist(), strict=True)))
+        return count_cost(apply_plan(self.task.network, self.groups, plan), self.task.example) == model.cost(counts)
 
     def _measure(self, network: nn.Module, groups: tuple[ChannelGroup, ...]) -> Statistics:
         gradients = grams = True
@@ -350,3 +510,32 @@ class Trimmer:
         generator = torch.Generator().manual_seed((self.settings.seed * 1000 + salt) % SEEDS)
         chosen = split.subset(count, generator) if count < len(split) else split
         return chosen.prepared()
+
+    def _laid_out(self, split: Split) -> Split:
+        """Return the split with its images channels last where the network takes them and they are in memory."""
+        if not self._channels_last or not isinstance(split, TensorSplit):
+            return split
+        return TensorSplit(split.images.contiguous(memory_format=torch.channels_last), split.labels, name=split.name)
+
+
+TRAINED = "trained:"
+"""How the digest of a training begins."""
+
+CHECKED = f"{TRAINED}checked:"
+"""How that of a training begins that was scored on the selection split."""
+
+
+def _trains(retraining: RetrainSettings | None) -> bool:
+    return retraining is not None and bool(retraining.updates or retraining.epochs)
+
+
+def _cut_digest(plan: PruningPlan) -> str:
+    return "cut:" + plan.fingerprint
+
+
+def _training_digest(retraining: RetrainSettings, seed: int) -> str:
+    return (CHECKED if retraining.check_every else TRAINED) + digest(asdict(retraining), seed)
+
+
+def _longer(lineage: tuple[str, ...] | None, step: str) -> tuple[str, ...] | None:
+    return None if lineage is None else (*lineage, step)

@@ -21,7 +21,8 @@ from prunegym.agent import LearnerSettings, SearchSettings, search
 from prunegym.agent.amc import _cheapest
 from prunegym.agent.cli import read_config
 from prunegym.agent.history import Evaluation, History, SearchCallback
-from prunegym.agent.learner import FallingNoise, make_environments, make_learner, noise_setter
+from prunegym.agent.learner import FallingNoise, make_learner, noise_setter
+from prunegym.agent.workers import make_environments
 from prunegym.envs import TRIM, RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.envs.observation import AMC_FEATURES
@@ -205,8 +206,11 @@ def ddpg(**changes: Any) -> LearnerSettings:
 
 
 @pytest.mark.parametrize("algorithm", ["DDPG", "TD3"])
-def test_the_warm_up_is_uniform_and_the_noise_falls_from_its_end(algorithm: str) -> None:
+def test_the_warm_up_is_uniform_and_the_noise_falls_from_its_end(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """20 evaluations, 4 of them random: from the fifth on exp(-0.5) falls to exp(-2.5) at the twentieth's end."""
+    monkeypatch.setattr(History, "has_scored", lambda *_: False)  # repeats spend nothing, and would hold the noise up
     settings = replace(ddpg(warmup_episodes=4, noise_start=-0.5, noise_end=-2.5), algorithm=algorithm)
     learner = off_policy(
         make_environments(default_task(), AMC, Trimmer(default_task(), REPAIR), workers=1, seed=0), settings
@@ -240,7 +244,8 @@ def test_noise_has_the_standard_deviation_it_says() -> None:
     assert noise() == 0.0
 
 
-def test_each_worker_has_the_noise_of_the_schedule() -> None:
+def test_each_worker_has_the_noise_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(History, "has_scored", lambda *_: False)  # as above
     trimmer = Trimmer(default_task(), REPAIR)
     workers = DummyVecEnv([lambda: Monitor(TrimEnv(settings=AMC, trimmer=trimmer))] * 2)
     settings = ddpg(warmup_episodes=2, noise_start=-1.0, noise_end=-3.0)

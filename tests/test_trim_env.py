@@ -15,12 +15,13 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from numpy.typing import NDArray
-from prunegym.agent.learner import make_environments
+from prunegym.agent.workers import make_environments
 from prunegym.envs import FEATURES, TRIM, RewardSettings, TrimEnv, TrimSettings
 from prunegym.envs.default_task import default_task
 from prunegym.envs.observation import AMC_FEATURES, Feature, GroupObservation
 from prunegym.pruning import GroupSettings, PruningPlan, PruningTask, RepairSettings, Trimmer, UserError, apply_plan
 from prunegym.pruning.cost import count_cost
+from prunegym.pruning.evaluation import Score
 from prunegym.pruning.heuristics import uniform
 from prunegym.pruning.retraining import RetrainSettings
 from prunegym.pruning.splits import TensorSplit
@@ -265,6 +266,74 @@ def test_options_change_the_budget_of_one_episode(trimmer: Trimmer) -> None:
         env.reset(options={"budget": 1e-4})
 
 
+RANGED = TrimSettings(budget=None, budget_range=(0.2, 0.8), budget_levels=3)
+
+
+def test_each_episode_draws_one_of_the_levels_of_a_range(trimmer: Trimmer) -> None:
+    assert RANGED.budgets == (0.2, pytest.approx(0.4), 0.8)  # even steps of the logarithm: the middle is √(0.2 · 0.8)
+    env = TrimEnv(settings=RANGED, trimmer=trimmer)
+    target = [feature.name for feature in FEATURES].index("target")
+    seen = []
+    for count in range(12):
+        steps = episode(env, [0.1, 0.1, 0.1], **({"seed": 4} if count == 0 else {}))
+        info = steps[-1][2]
+        assert steps[0][0][target] == np.float32(info["budget"])
+        assert info["kept"] <= info["budget"]
+        assert steps[-1][1] == 0.0  # a constant score is the uniform plan of the very budget that was drawn
+        seen.append(info["budget"])
+    assert set(seen) == set(RANGED.budgets)
+    other = TrimEnv(settings=RANGED, trimmer=trimmer)
+    again = [episode(other, [0.5, 0.1, 0.1], **({"seed": 4} if count == 0 else {}))[-1][2] for count in range(12)]
+    assert [info["budget"] for info in again] == seen
+    assert len(other._references) == 3
+
+
+def test_a_budget_of_the_range_can_be_named(trimmer: Trimmer) -> None:
+    env = TrimEnv(settings=replace(RANGED, budget=0.5), trimmer=trimmer)
+    assert episode(env, [0.0] * 3, options={"budget": 0.3})[-1][2]["budget"] == 0.3
+    assert episode(env, [0.0] * 3, options={"budget": None})[-1][2]["budget"] in RANGED.budgets
+    assert episode(env, [0.0] * 3)[-1][2]["budget"] in RANGED.budgets
+    with pytest.raises(UserError, match=r"budget must lie in budget_range, from 0\.2 to 0\.8, but got budget=0\.9"):
+        env.reset(options={"budget": 0.9})
+    with pytest.raises(UserError, match="smallest reachable budget"):
+        TrimEnv(settings=replace(RANGED, budget_range=(0.001, 0.8)), trimmer=trimmer)
+    same = replace(RANGED, budget_range=[0.4, 0.4])  # type: ignore[arg-type]  # as a file gives it
+    assert same.budgets == (0.4,)
+    assert same == replace(RANGED, budget_range=(0.4, 0.4))
+
+
+def test_checkers_find_nothing_with_a_range_of_budgets(trimmer: Trimmer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check(gym.make(TRIM, settings=RANGED, trimmer=trimmer).unwrapped)
+
+
+class Store(dict[str, Score]):
+    """Scores in memory."""
+
+    def put(self, key: str, score: Score) -> None:
+        self[key] = score
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_known_plan_is_paid_from_the_store(rounds: int, task: PruningTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, settings, actions = Store(), TrimSettings(rounds=rounds), [0.9, -0.9, 0.2] * rounds
+    plain = episode(TrimEnv(task, settings), actions)[-1]
+    scored = []
+    inner = Trimmer.score
+    monkeypatch.setattr(Trimmer, "score", lambda self, network: scored.append(network) or inner(self, network))
+    for again in (False, True):
+        env = TrimEnv(settings=settings, trimmer=Trimmer(task, settings.repair, scores=store))
+        assert env.trimmer.baseline.examples == 300
+        scored.clear()
+        _, paid, info = episode(env, actions)[-1]
+        assert info == {**plain[2], "cached": again}
+        assert paid == plain[1]
+        assert len(store) == 2  # the plan and the uniform plan
+        assert len(scored) == 2 * (rounds if not again else rounds - 1)  # earlier rounds are cut for real
+    assert [info["cached"] for *_, info in episode(env, actions) if "cached" in info] == [False] * (rounds - 1) + [True]
+
+
 # ---- actions ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("unit", ["macs", "params"])
 def test_score_meets_the_budget_in_every_random_episode(unit: str, task: PruningTask, trimmer: Trimmer) -> None:
@@ -416,6 +485,23 @@ def test_reward_is_terms_times_weights(trimmer: Trimmer) -> None:
     assert paid == pytest.approx(2 * terms["accuracy"] + 3 * terms["saving"] - terms["gain_over_uniform"])
 
 
+def test_divergence_gain_is_agreement_beyond_the_uniform_plans(task: PruningTask, trimmer: Trimmer) -> None:
+    env = TrimEnv(settings=TrimSettings(reward=RewardSettings(weights={"divergence_gain": 2.0})), trimmer=trimmer)
+    _, paid, info = episode(env, [0.9, -0.9, 0.1])[-1]
+    start = uniform(trimmer, budget=0.3, unit="macs", retraining=RetrainSettings())
+    inputs = next(iter(task.reward.batches(len(task.reward)))).images
+    with torch.no_grad():
+        whole, ours, theirs = (
+            torch.log_softmax(network(inputs).double(), 1)
+            for network in (task.network, trimmer.trim(PruningPlan.from_dict(info["plan"])).network,
+                            trimmer.trim(start.plan).network)
+        )  # fmt: skip
+    ours, theirs = ((whole.exp() * (whole - other)).sum(1).mean() for other in (ours, theirs))
+    assert info["divergence"] == pytest.approx(float(ours), rel=1e-4)
+    assert paid == pytest.approx(2 * float(theirs - ours), rel=1e-3)
+    assert episode(env, [0.2] * 3)[-1][1] == 0.0
+
+
 @pytest.mark.parametrize("accepted", [0.02, 0.5])
 def test_accuracy_floor_is_psi_times_phi(accepted: float, task: PruningTask, trimmer: Trimmer) -> None:
     reward = RewardSettings("accuracy_floor", accepted_drop=accepted)
@@ -431,14 +517,19 @@ def test_accuracy_floor_is_psi_times_phi(accepted: float, task: PruningTask, tri
 def test_info_holds_what_is_documented_and_no_clock(trimmer: Trimmer) -> None:
     names = [group.name for group in trimmer.groups]
     steps = episode(TrimEnv(settings=TrimSettings(rounds=2), trimmer=trimmer), [0.5, -0.5, 0.0, 0.2, 0.1, -0.4])
-    scored = {"group", "requested", "executed", "accuracy", "loss", "params", "macs", "kept", "plan"}
-    ended = scored | {"reward_terms", "reference_accuracy", "plans"}
+    scored = {
+        "group", "requested", "executed", "accuracy", "loss", "divergence", "params", "macs", "kept", "plan", "cached",
+    }  # fmt: skip
+    ended = scored | {"budget", "reward_terms", "reference_accuracy", "plans"}
     assert [set(info) for _, _, info in steps] == [{"group"}] * 3 + [scored] + [{"group"}] * 2 + [ended]
     for _, _, info in steps[3::3]:
         assert list(info["requested"]) == list(info["executed"]) == list(info["plan"]) == names
         executed = [kept / width for kept, width in zip(widths_of(info), WIDTHS, strict=True)]
         assert list(info["executed"].values()) == pytest.approx(executed)
         assert info["accuracy"] == pytest.approx(round(info["accuracy"] * 300) / 300)  # of 300 reward images
+        assert info["divergence"] > 0
+        assert info["cached"] is False
+    assert steps[6][2]["budget"] == 0.3
     assert steps[6][2]["plans"] == [steps[3][2]["plan"], steps[6][2]["plan"]]
     sigmoids = [1 / (1 + math.exp(-3 * action)) for action in (0.5, -0.5, 0.0)]
     assert list(steps[3][2]["requested"].values()) == pytest.approx(sigmoids)
@@ -519,6 +610,13 @@ def test_a_ratio_refuses_what_its_largest_trim_cannot_reach(trimmer: Trimmer) ->
         (lambda: TrimSettings(budget=1.5), r"budget must be in \(0, 1\], but got budget=1.5"),
         (lambda: TrimSettings(budget=-1), r"budget must be in \(0, 1\], but got budget=-1"),
         (lambda: TrimSettings(budget=float("nan")), "budget must be a finite number or None, but got nan"),
+        (lambda: TrimSettings(budget_range=(0.5, 0.2)), r"both in \(0, 1\], but got \[0.5, 0.2\]; give two shares"),
+        (lambda: TrimSettings(budget_range=(0.0, 0.5)), r"budget_range must be the lowest and the highest budget"),
+        (lambda: TrimSettings(budget_range=(0.1, 1.5)), r"budget_range must be the lowest and the highest budget"),
+        (lambda: TrimSettings(budget_range=(0.5,)), r"but got \[0.5\]; give two shares"),  # type: ignore[arg-type]
+        (lambda: TrimSettings(budget_range=0.5), "budget_range must be a list of finite numbers or None"),  # type: ignore[arg-type]
+        (lambda: TrimSettings(budget_range=(0.4, 0.8)), "from 0.4 to 0.8, but got budget=0.3; widen the range"),
+        (lambda: TrimSettings(budget_levels=1), "budget_levels must be at least 2, but got 1"),
         (lambda: TrimSettings(budget_unit="flops"), "budget_unit must be one of macs, params, but got 'flops'"),
         (lambda: TrimSettings(budget=None, action="ratio", budget_unit="flops", reward=FLOOR), "budget_unit must be"),
         (lambda: TrimSettings(score_scale=float("inf")), "score_scale must be a finite number, but got inf"),

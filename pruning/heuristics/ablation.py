@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from ..data import Split
-from ..errors import UserError
+from ..narrowing import forget
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..statistics import measure
@@ -38,20 +37,6 @@ def train_from_scratch(trimmer: Trimmer, plan: PruningPlan, retraining: RetrainS
         network, plan.completed(trimmer.groups), trimmer.score(network), trimmer.cost_model.cost(plan.counts)
     )
     return trimmer.retrain(made, replace(retraining, distillation=0.0), seed=seed)
-
-
-def forget(network: nn.Module) -> None:
-    """Draw new weights for every layer, in place, as PyTorch would for a new one."""
-    for name, module in network.named_modules():
-        own = next(module.parameters(recurse=False), None)
-        reset = getattr(module, "reset_parameters", None)
-        if own is not None and reset is None:
-            raise UserError(
-                f"{name or 'the network'} ({type(module).__name__}) has parameters but no reset_parameters; "
-                "add one that draws them"
-            )
-        if reset is not None:
-            reset()
 
 
 @dataclass(frozen=True)
