@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from ..envs.action import make_action_rule
 from ..envs.reward import RewardSettings
-from ..envs.trim import TrimEnv, TrimSettings
+from ..envs.trim import TrimEnv
+from ..envs.trim_settings import TrimSettings
 from ..pruning.checks import check_kind, check_seed
 from ..pruning.cost import Cost, CostModel
 from ..pruning.errors import UserError
@@ -22,9 +23,9 @@ from ..pruning.schedule import Round, Schedule, build
 from ..pruning.trimmer import Trimmer
 from .history import Evaluation, History
 from .learning import learn
+from .pool import choose
 from .progress import Progress
 from .randomness import random_state_kept
-from .search import choose
 from .settings import AmcSettings, LearnerSettings, SearchSettings
 
 
@@ -76,7 +77,7 @@ def amc(
     if goal.budget is None:
         schedule = _cheapest(trimmer, goal, history, retraining)
     else:
-        schedule, _ = choose(trimmer, search, history, None, Progress())
+        schedule = choose(trimmer, search, history, None, Progress()).schedule
     schedule = replace(schedule, made_by="amc", seed=seed)
     built = build(trimmer, schedule, progress=progress)
     drop = trimmer.baseline.accuracy - built.rounds[-1].after_retraining.accuracy

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -15,7 +16,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from ..envs.trim import check_request
+from ..envs.trim_settings import check_request
 from ..pruning.errors import UserError, closest
 from ..pruning.export import export_pruned
 from ..pruning.prepare import prepare_task
@@ -30,15 +31,19 @@ from .compare_report import console_tables, reading
 from .compare_settings import CompareConfig, check_compare, read_compare
 from .configuration import parse, read_config, resolve, shipped_configs, stored_config
 from .finalists import read_test_split
+from .front import TrainedAgent, candidates_at, find_front, finished
+from .front_report import console_table as console_front
+from .front_report import election, notes, write_front
 from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
 from .methods import METHODS, get_method
 from .noise_meter import noise_for
+from .pool import best_of
 from .progress import Progress
 from .prune import check_method, prune
 from .prune_options import read_options
 from .randomness import derive_seed
-from .report import console_table, latency_lines, note_lines, training_lines, verdict_lines
+from .report import choice_lines, console_table, latency_lines, note_lines, training_lines, verdict_lines
 from .run_folder import RunFolder, config_text
 from .search import finalist, original, search
 from .settings import SearchConfig
@@ -52,6 +57,8 @@ USAGE = """usage: prunegym COMMAND ...
   methods                                   list the methods, a sentence and the paper each
   noise CONFIG.yaml [--option value ...]    measure whether a search's reward images can tell plans apart
   apply RUN [--schedule FILE]               rebuild the network of a run from its (perhaps edited) schedule.json
+  apply RUN --budget SHARE                  build the best plan of a run's agent, or of a heuristic, for another budget
+  pareto RUN [--budgets SHARE ...]          the best plan for each budget of a run's range, beside the heuristics'
   export RUN [--format onnx|torch]          write the pruned network of a run as one file, checked against PyTorch
   inspect NETWORK [--data NAME]             list what can be cut, what not and why, and the reachable budgets
 
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {
         "search": search_command, "compare": compare_command, "prune": prune_command, "methods": methods_command,
-        "apply": apply_command, "noise": noise_command,
+        "apply": apply_command, "pareto": pareto_command, "noise": noise_command,
         "export": export_command, "inspect": inspect_command,
     }  # fmt: skip
     try:
@@ -102,7 +109,8 @@ def search_command(arguments: list[str]) -> int:
     console.width = max(80, console.width)
     console.print()
     console.print(console_table(result))
-    for line in [*verdict_lines(result), *latency_lines(result), *training_lines(result), *note_lines(result)]:
+    said = [*choice_lines(result), *verdict_lines(result), *latency_lines(result), *training_lines(result)]
+    for line in [*said, *note_lines(result)]:
         console.print(line, soft_wrap=True, markup=False)
     line = f"\nrun folder: {run.path} (report.md, schedule.json, pruned.safetensors, …)"
     console.print(line, soft_wrap=True, markup=False)
@@ -158,7 +166,7 @@ def prune_command(arguments: list[str]) -> int:
         raise
     built = Built(made.network, made.schedule, made.rounds)
     run.write_base(task)
-    run.write_built(task, built)
+    run.write_built(task, built, budget=settings.budget, budget_unit=settings.budget_unit)
     try:
         trimmer = Trimmer(task, made.schedule.repair, settings.groups)
         finalists = [original(trimmer), finalist(trimmer, built, method.name, method.name)]
@@ -207,31 +215,24 @@ def noise_command(arguments: list[str]) -> int:
 
 
 def apply_command(arguments: list[str]) -> int:
-    """`prunegym apply RUN [--schedule FILE] [--output FOLDER]`."""
-    parser = ArgumentParser(
-        prog="prunegym apply", exit_on_error=False, allow_abbrev=False, description="Rebuild a network from a schedule."
-    )
-    parser.add_argument("run", type=str, help="run folder of a search")
+    """`prunegym apply RUN [--schedule FILE | --budget SHARE] [--output FOLDER]`."""
+    parser = _replay_parser("apply", "Rebuild a network from a schedule, or build one for another budget.")
     parser.add_argument("--schedule", type=str, default=None, help="another schedule than the run's schedule.json")
-    parser.add_argument("--data_root", type=str, default=None, help="folder that holds the data, if it moved")
-    parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; the run's by default")
-    parser.add_argument(
-        "--output", type=str, default=None, help="folder for the result; runs/apply-<number> by default"
-    )
+    parser.add_argument("--budget", type=float, default=None, help="share of the cost to keep, in (0, 1]")
     options = parse(parser, arguments)
-    source = RunFolder.existing(options.run)
-    config, text = stored_config(source.path / "config.yaml")
-    config = replace(
-        config,
-        data_root=options.data_root or config.data_root,
-        device=options.device or config.device,
-        task=replace(config.task, weights=str(source.base) if source.base else config.task.weights),
-    )
-    config = resolve(config)
-    schedule = Schedule.load(options.schedule or source.path / "schedule.json")
+    if options.schedule is not None and options.budget is not None:
+        raise UserError("a schedule says what it keeps, but got --schedule and --budget; give one of them")
     progress = Progress(enabled=True)
+    source, config, text = _reopened(options)
+    if options.budget is not None:
+        _check_agent(source, [options.budget])
+    schedule = Schedule.load(options.schedule or source.path / "schedule.json")
     task = load_task(config, progress, source.started_in)
-    trimmer = Trimmer(task, schedule.repair, config.search.trim.groups)
+    if options.budget is None:
+        trimmer = Trimmer(task, schedule.repair, config.search.trim.groups)
+    else:
+        trimmer = Trimmer(task, config.search.trim.repair, config.search.trim.groups)
+        schedule = _for_budget(TrainedAgent.load(source, trimmer, config.search), options.budget, progress)
     if not {name for entry in schedule.rounds for name in entry.plan} <= {group.name for group in trimmer.groups}:
         trimmer = Trimmer(task, schedule.repair)  # edited to cut what the run left whole: the schedule decides
     schedule.plan.completed(trimmer.groups)
@@ -246,7 +247,7 @@ def apply_command(arguments: list[str]) -> int:
         raise
     if source.base:
         shutil.copyfile(source.base, run.path / source.base.name)
-    run.write_built(task, built)
+    run.write_built(task, built, budget=options.budget, budget_unit=config.search.trim.budget_unit)
     whole = trimmer.cost_model.full
     selection = trimmer.score_selection(built.network)
     progress.say(
@@ -256,6 +257,82 @@ def apply_command(arguments: list[str]) -> int:
         f"{built.updates_taken:,} retraining updates{_asked(built)}; written to {run.path}"
     )
     return 0
+
+
+def pareto_command(arguments: list[str]) -> int:
+    """`prunegym pareto RUN [--budgets SHARE ...] [--retrain_updates N] [--output FOLDER]`."""
+    parser = _replay_parser("pareto", "The best plan for each budget, of the agent's and the heuristics'.")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[], help="shares to keep; the run's by default")
+    parser.add_argument("--retrain_updates", type=int, default=0, help="train the best and the uniform plans, too")
+    options = parse(parser, arguments)
+    if options.retrain_updates < 0:
+        raise UserError(f"retrain_updates must be at least 0, but got {options.retrain_updates}")
+    progress = Progress(enabled=True)
+    source, config, text = _reopened(options)
+    _check_agent(source, options.budgets)
+    task = load_task(config, progress, source.started_in)
+    agent = TrainedAgent.load(
+        source, Trimmer(task, config.search.trim.repair, config.search.trim.groups), config.search
+    )
+    run = RunFolder.create(options.output) if options.output else RunFolder.next_free("pareto")
+    try:
+        command = ["prunegym", "pareto", *arguments]
+        run.write_start(text, command, {"root": config.search.seed}, started_in=source.started_in)
+        front = find_front(agent, options.budgets, retrain_updates=options.retrain_updates, progress=progress)
+    except (Exception, KeyboardInterrupt):
+        run.discard()
+        raise
+    write_front(run.path, front, task.name, options.run)
+    console = Console(highlight=False)
+    console.width = max(120, console.width)
+    console.print(console_front(front))
+    for line in [*notes(front), f"\nwritten to {run.path} (pareto.md, pareto.json, pareto.png, schedules/)"]:
+        console.print(line, soft_wrap=True, markup=False)
+    return 0
+
+
+def _replay_parser(command: str, description: str) -> ArgumentParser:
+    """Return the parser of a command that opens the folder of a search again."""
+    parser = ArgumentParser(
+        prog=f"prunegym {command}", exit_on_error=False, allow_abbrev=False, description=description
+    )
+    parser.add_argument("run", type=str, help="run folder of a search")
+    parser.add_argument("--data_root", type=str, default=None, help="folder that holds the data, if it moved")
+    parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; the run's by default")
+    where = f"folder for the result; runs/{command}-<number> by default"
+    parser.add_argument("--output", type=str, default=None, help=where)
+    return parser
+
+
+def _reopened(options: Any) -> tuple[RunFolder, SearchConfig, str]:
+    """Return a run's folder, its configuration with the options of `_replay_parser`, and that as it was written."""
+    source = RunFolder.existing(options.run)
+    config, text = stored_config(source.path / "config.yaml")
+    config = replace(
+        config,
+        data_root=options.data_root or config.data_root,
+        device=options.device or config.device,
+        task=replace(config.task, weights=str(source.base) if source.base else config.task.weights),
+    )
+    return source, resolve(config), text
+
+
+def _check_agent(source: RunFolder, budgets: Sequence[float]) -> None:
+    """Refuse, before anything is loaded, a folder without an agent, and budgets that are none."""
+    source.check_policy()
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise UserError(f"budget must be in (0, 1], but got budget={budget}; it is the share to keep")
+
+
+def _for_budget(agent: TrainedAgent, budget: float, progress: Progress) -> Schedule:
+    """Return the schedule of the best plan for a budget, and say whose it is."""
+    if warning := agent.outside(budget):
+        progress.say(warning)
+    candidates = candidates_at(agent, budget)
+    best = best_of(candidates)
+    progress.say(election(candidates))
+    return finished(agent, best)
 
 
 def _asked(built: Built) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..envs.trim import check_request
+from ..envs.trim_settings import check_request
 from ..pruning.checks import check_seed, check_types
 from ..pruning.cost import CostModel
 from ..pruning.criteria import CRITERIA
@@ -310,8 +310,10 @@ def cell_digest(config: CompareConfig, method: str, seed: int, network: str) -> 
     for others in ("methods", "seeds", "confidence", "resamples", "pool"):
         compare.pop(others)
     search = dataclasses.asdict(config.search)
-    for replaced in ("max_evaluations", "seed", "compare", "latency_batches", "scores", "noise_check"):
+    for replaced in ("max_evaluations", "seed", "compare", "latency_batches", "scores", "noise_check", "pool"):
         search.pop(replaced, None)
+    if method not in (AGENT, POOL):
+        search.pop("learner")
     parts = {"task": task, "search": search, "compare": compare, "method": method, "seed": seed, "network": network}
     if method == POOL:
         parts["methods"] = list(config.compare.methods)

@@ -6,12 +6,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ..envs.observation import FEATURES
-from ..envs.trim import TrimEnv
+from ..envs.trim import ActionError, TrimEnv
 
 FloatArray = NDArray[np.float64]
 Predict = Callable[[FloatArray, FloatArray], FloatArray]
@@ -36,6 +37,28 @@ def seen_on_the_way(environment: TrimEnv, budget: float | None) -> NDArray[np.fl
         observation, *_ = environment.step(np.zeros(1, np.float32))
         rows.append(observation)
     return np.stack(rows)
+
+
+def act(
+    learner: BaseAlgorithm, observations: NDArray[np.float32], space: gym.spaces.Box, count: int, *, deterministic: bool
+) -> FloatArray:
+    """Return (count, groups) actions in [-1, 1] of as many episodes at one budget; nothing is scored.
+
+    Args:
+        learner: Its policy acts.
+        observations: (groups, features) from `seen_on_the_way`.
+        space: Of one observation.
+        count: Episodes.
+        deterministic: Whether the policy acts without noise.
+    """
+    walks = ImaginedWalks({0.0: observations}, space, walks=count, predict=_nothing, seed=0)
+    observed: Any = walks.reset()
+    actions = []
+    for _ in range(walks.groups):
+        action, _ = learner.predict(observed, deterministic=deterministic)
+        actions.append(np.clip(action[:, 0].astype(np.float64), -1.0, 1.0))
+        observed, *_ = walks.step(action)
+    return np.stack(actions, 1)
 
 
 class ImaginedWalks(VecEnv):
@@ -75,14 +98,23 @@ class ImaginedWalks(VecEnv):
         return self._rows.shape[1]
 
     def reset(self) -> NDArray[np.float32]:
-        """Begin new episodes; equally many for each budget, as far as that goes."""
-        order = self.random.permutation(len(self.budgets))
-        self._chosen = order[np.arange(self.num_envs) % len(self.budgets)]
+        """Begin new episodes; equally many for each budget, as far as that goes.
+
+        Where there are not two for each budget, some budgets wait: an episode alone at its budget teaches nothing.
+        """
+        order = self.random.permutation(len(self.budgets))[: max(1, self.num_envs // 2)]
+        self._chosen = order[np.arange(self.num_envs) % len(order)]
         self._actions = np.zeros((self.num_envs, 0))
         return self._observe()
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Take (walks, 1) actions."""
+        """Take (walks, 1) actions.
+
+        Raises:
+            ActionError: One is not finite: the policy has diverged.
+        """
+        if not np.isfinite(actions).all():
+            raise ActionError(f"an action must be one finite number in [-1, 1], but got {actions[:, 0].tolist()}")
         self._actions = np.column_stack((self._actions, np.clip(actions[:, 0].astype(np.float64), -1.0, 1.0)))
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
@@ -132,6 +164,10 @@ class ImaginedWalks(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
         """Return that no walk is wrapped."""
         return [False for _ in self._get_indices(indices)]
+
+
+def _nothing(actions: FloatArray, budgets: FloatArray) -> FloatArray:
+    return np.zeros(len(actions))
 
 
 class BudgetAdvantages(RolloutBuffer):

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ..pruning.architecture import Architecture, is_architecture
 from ..pruning.checks import check_types
 from ..pruning.cost import UNITS, CostModel
 from ..pruning.data import DataSplits, load_data
@@ -166,7 +167,10 @@ def inspect_network(settings: InspectSettings) -> Inspection:
     if settings.data is not None:
         data = load_data(settings.data, root=settings.data_root, image_size=settings.image_size)
     record = NETWORKS.get(settings.network)
-    usual = record.image_shape if record else (3, 224, 224)
+    if is_architecture(settings.network):
+        usual = Architecture.load(settings.network).input_shape
+    else:
+        usual = record.image_shape if record else (3, 224, 224)
     shape = data.image_shape if data else (settings.channels or usual[0], *[settings.image_size or usual[1]] * 2)
     network = build_network(
         settings.network,

@@ -15,7 +15,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from ..envs.trim import TrimSettings
+from ..envs.trim_settings import TrimSettings
 from ..pruning.errors import UserError, closest
 from .imagined import BudgetAdvantages
 from .settings import LearnerSettings
@@ -105,10 +105,14 @@ def make_learner(
 
 
 def imagines(settings: LearnerSettings, trim: TrimSettings) -> bool:
-    """Return whether a learner practises on imagined episodes: where it is asked to and able to, see `planner`."""
+    """Return whether a learner practises on imagined episodes: where it is asked to and able to, see `planner`.
+
+    It is not with arguments that decide what an update sees, which is there one whole episode of each walk.
+    """
     able = trim.rounds == 1 and trim.action == "score" and trim.observation == "full"
     accepted = inspect.signature(find_algorithm(settings).__init__).parameters
-    return settings.imagination.updates > 0 and able and "rollout_buffer_class" in accepted
+    free = not {"n_steps", "rollout_buffer_class"} & set(settings.arguments)
+    return settings.imagination.updates > 0 and able and "rollout_buffer_class" in accepted and free
 
 
 def find_algorithm(settings: LearnerSettings) -> type[BaseAlgorithm]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -94,7 +95,9 @@ def learn(
                 way.keep(callback.stopped_by or "max_evaluations")
             except KeyboardInterrupt:
                 interrupted = True
-            except ActionError as error:
+            except (ActionError, ValueError) as error:  # the latter from a distribution whose mean is not finite
+                if not isinstance(error, ActionError) and is_finite(way.learner):
+                    raise
                 raise UserError(
                     f"the actions of an agent must stay finite, but {settings.learner.algorithm} diverged; lower "
                     f"learning_rate, which is {settings.learner.learning_rate:g}"
@@ -172,19 +175,7 @@ class StepwiseSearch:
 
     def finish(self) -> None:
         """Play an episode without noise, at the settings' budget or, where there is only a range, at one of it."""
-        budget = self.environment.settings.budget
-        options = None if budget is None else {"budget": budget}
-        observation, _ = self.environment.reset(seed=self._seed, options=options)
-        state: Any = None
-        start = np.ones(1, dtype=bool)
-        infos, reward, done = [], 0.0, False
-        while not done:
-            action, state = self.learner.predict(observation, state, start, deterministic=True)
-            observation, reward, done, _, info = self.environment.step(action)
-            start = np.zeros(1, dtype=bool)
-            if "accuracy" in info:
-                infos.append(info)
-        self.callback.record_alone(infos, reward)
+        self.callback.record_alone(*play_alone(self.learner, self.environment, self._seed))
 
     def keep(self, stopped_by: str) -> None:
         """Write a checkpoint, once learning has ended."""
@@ -238,10 +229,10 @@ class PlannedSearch:
 
     def run(self) -> None:
         """Search until a limit is reached, or nothing new is proposed any more."""
-        callback, history, stale = self.callback, self.callback.history, 0
+        callback, history = self.callback, self.callback.history
         self.standing.resume_planner(self.planner, self.learner, callback)
         callback.begin()
-        while stale < STALE:
+        while self.planner.stale < STALE:
             callback.stopped_by = limit_reached(history, callback.max_evaluations) or callback.out_of_time()
             if callback.stopped_by:
                 return
@@ -252,8 +243,7 @@ class PlannedSearch:
             if self._noise:
                 self._noise(spent)
             count = min(self.settings.episodes_per_update, callback.max_evaluations - history.spent)
-            proposals = self.planner.propose(history, count, stale)
-            stale = 0 if proposals else stale + 1
+            proposals = self.planner.propose(history, count)
             if proposals:
                 self._score(proposals)
                 self.planner.learn_from(history)
@@ -287,6 +277,31 @@ def play(workers: VecEnv, proposals: Sequence[Proposal]) -> Iterator[tuple[Propo
             _, rewards, _, infos = workers.step(actions[:, None])
         for place, proposal in enumerate(batch):
             yield proposal, infos[place], float(rewards[place])
+
+
+def play_alone(learner: BaseAlgorithm, environment: TrimEnv, seed: int) -> tuple[list[dict[str, Any]], float]:
+    """Play an episode without noise, at the environment's budget or, where it has only a range, at one of it.
+
+    Returns:
+        The `info` of each round's end, and the reward.
+    """
+    budget = environment.settings.budget
+    observation, _ = environment.reset(seed=seed, options=None if budget is None else {"budget": budget})
+    state: Any = None
+    start = np.ones(1, dtype=bool)
+    infos, reward, done = [], 0.0, False
+    while not done:
+        action, state = learner.predict(observation, state, start, deterministic=True)
+        observation, reward, done, _, info = environment.step(action)
+        start = np.zeros(1, dtype=bool)
+        if "accuracy" in info:
+            infos.append(info)
+    return infos, reward
+
+
+def is_finite(learner: BaseAlgorithm) -> bool:
+    """Return whether no weight of the policy is infinite or not a number."""
+    return all(bool(torch.isfinite(weight).all()) for weight in learner.policy.parameters())
 
 
 def set_left(learner: BaseAlgorithm, spent: float) -> None:

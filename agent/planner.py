@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from ..envs.trim import TrimEnv
 from ..pruning.widths import CountArray
 from .history import Evaluation, History
-from .imagined import ImaginedWalks, seen_on_the_way
+from .imagined import ImaginedWalks, act, seen_on_the_way
 from .settings import ImaginationSettings
 from .surrogate import RewardModel
 
@@ -81,6 +81,7 @@ class Planner:
         self.imagination = imagination
         self.random = np.random.default_rng(seed)
         self.updates = 0
+        self.stale = 0  # proposals in a row that held nothing new
         self._order: list[float] = []
         self._originals = environment.trimmer.cost_model.widths.astype(np.float64)
         self._rows = {budget: seen_on_the_way(environment, budget) for budget in self.budgets}
@@ -92,14 +93,14 @@ class Planner:
         _start_at_zero(self.learner)
 
     # ---- one update ----------------------------------------------------------------------------------------------
-    def propose(self, history: History, count: int, stale: int = 0) -> list[Proposal]:
+    def propose(self, history: History, count: int) -> list[Proposal]:
         """Return up to `count` plans at the next budget that the history does not hold, the policy's own first.
 
-        `stale` is how many times in a row nothing new was found: each time the plans are drawn from further around.
+        Each time in a row that nothing new is found, plans are drawn from further around.
         """
         budget = self._next_budget()
         taken = {key_of(row) for row in history.finished}
-        drawn = self._proposals(self._tried(self.act(budget, self.imagination.proposals), stale), budget)
+        drawn = self._proposals(self._tried(self.act(budget, self.imagination.proposals)), budget)
         chosen: list[Proposal] = []
 
         def take(proposal: Proposal) -> bool:
@@ -112,6 +113,7 @@ class Planner:
         take(self.own(budget))
         for ranking in self._rankings(drawn, count - len(chosen)):
             any(take(drawn[place]) for place in ranking)
+        self.stale = 0 if chosen else self.stale + 1
         return chosen[:count]
 
     def own(self, budget: float) -> Proposal:
@@ -127,7 +129,7 @@ class Planner:
             self.updates += 1
 
     def _fit(self, history: History) -> None:
-        rows = [row for row in history.finished if not row.repeated]
+        rows = list({key_of(row): row for row in history.finished}.values())  # a plan is repeated at another budget
         if len(rows) < 2:
             return
         counts = np.array([list(row.widths.values()) for row in rows], dtype=np.float64)
@@ -138,16 +140,8 @@ class Planner:
         """Return (count, groups) actions of `count` episodes at a budget; nothing is scored."""
         if budget not in self._rows:
             self._rows[budget] = seen_on_the_way(self.environment, budget)
-        walks = ImaginedWalks(
-            {budget: self._rows[budget]}, self.environment.observation_space, walks=count, predict=_nothing, seed=0
-        )
-        observed: Any = walks.reset()
-        actions = []
-        for _ in range(walks.groups):
-            action, _ = self.learner.predict(observed, deterministic=deterministic)
-            actions.append(np.clip(action[:, 0].astype(np.float64), -1.0, 1.0))
-            observed, *_ = walks.step(action)
-        return np.stack(actions, 1)
+        rows, space = self._rows[budget], self.environment.observation_space
+        return act(self.learner, rows, space, count, deterministic=deterministic)
 
     # ---- its parts -----------------------------------------------------------------------------------------------
     def _next_budget(self) -> float:
@@ -155,9 +149,11 @@ class Planner:
             self._order = [float(budget) for budget in self.random.permutation(self.budgets)]
         return self._order.pop()
 
-    def _tried(self, actions: FloatArray, stale: int) -> FloatArray:
-        further = STEP_WHEN_STALE * stale
-        return np.clip(actions + further * self.random.standard_normal(actions.shape), -1.0, 1.0) if stale else actions
+    def _tried(self, actions: FloatArray) -> FloatArray:
+        if not self.stale:
+            return actions
+        further = STEP_WHEN_STALE * self.stale
+        return np.clip(actions + further * self.random.standard_normal(actions.shape), -1.0, 1.0)
 
     def _proposals(self, actions: FloatArray, budget: float) -> list[Proposal]:
         widths = self.environment.widths_after(actions, np.full(len(actions), budget))
@@ -185,14 +181,19 @@ class Planner:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs besides the learner and the history: plain data and tensors."""
-        plain = {"random": self.random.bit_generator.state, "updates": self.updates, "order": self._order}
+        plain = {
+            "random": self.random.bit_generator.state,
+            "updates": self.updates,
+            "order": self._order,
+            "stale": self.stale,
+        }
         return {"plain": json.dumps(plain), "model": self.model.state()}
 
     def restore(self, state: dict[str, Any], history: History) -> None:
         """Stand where `state` was taken, with that history; the learner is restored apart from this."""
         plain = json.loads(state["plain"])
         self.random.bit_generator.state = plain["random"]
-        self.updates, self._order = plain["updates"], plain["order"]
+        self.updates, self._order, self.stale = plain["updates"], plain["order"], plain["stale"]
         self.model.restore(state["model"])
         self._fit(history)
 
@@ -208,7 +209,3 @@ def _start_at_zero(learner: OnPolicyAlgorithm) -> None:
     with torch.no_grad():
         for parameter in final.parameters():
             parameter.zero_()
-
-
-def _nothing(actions: FloatArray, budgets: FloatArray) -> FloatArray:
-    return np.zeros(len(actions))

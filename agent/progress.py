@@ -56,7 +56,7 @@ class Progress:
                 best = history.best
                 if best is not None:
                     bar.set_postfix_str(f"best {best.accuracy:.4f} at {best.kept:.1%}", refresh=False)
-                bar.update(len(history.rows) - bar.n)
+                bar.update(history.spent - bar.n)
 
             yield show
 

@@ -14,9 +14,10 @@ from ..pruning.cost import CostModel
 from ..pruning.grouping import find_groups
 from ..pruning.heuristics import Goal, Pruned
 from ..pruning.heuristics.data_free import published_merges
+from ..pruning.repair_settings import RepairSettings
 from ..pruning.retraining import RetrainSettings
 from ..pruning.task import PruningTask
-from ..pruning.trimmer import RepairSettings, Trimmer
+from ..pruning.trimmer import Trimmer
 from ..pruning.widths import GroupSettings
 from .methods import Prospect, Request, get_method
 from .randomness import derive_seed, random_state_kept

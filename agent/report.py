@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .finalists import Finalist, verdict_sentence
+from .pool import LABELS, range_sentence
 
 if TYPE_CHECKING:
     from .search import SearchResult
@@ -25,6 +26,7 @@ COLOURS = {
     "network_trimming": "#d1762a",
     "network_trimming_repaired": "#e3b23c",
     "agent": "#2f6db3",
+    "pool": "#6a4fa3",
 }
 
 
@@ -74,7 +76,7 @@ def console_table(result: "SearchResult") -> Table:
             _percent(finalist.after_trim),
             _percent(finalist.selection.accuracy),
             _percent(finalist.test),
-            style="bold" if finalist.name == "agent" else None,
+            style="bold" if finalist is result.finalists[-1] else None,
         )
     return table
 
@@ -137,6 +139,30 @@ def note_lines(result: "SearchResult") -> list[str]:
     return [f"{finalist.label}: {finalist.note}." for finalist in result.finalists if finalist.note]
 
 
+def choice_lines(result: "SearchResult") -> list[str]:
+    """Say whose plan was built, and what the best of the others had; for a range of budgets, which one was built."""
+    trim, lines = result.settings.trim, []
+    if trim.budget_range is not None:
+        lines.append(range_sentence(trim))
+    own = max((score.accuracy for _, score in result.candidates), default=None)
+    theirs = {one.label: one.selection.accuracy for one in result.rivals}
+    figures = [f"the agent's best {_percent(own)} %"] if own is not None else []
+    figures += [f"{label}'s {_percent(accuracy)} %" for label, accuracy in theirs.items()]
+    if theirs:
+        whose = LABELS.get(result.schedule.made_by, result.schedule.made_by)
+        who = "the agent's" if whose == "agent" else f"{whose}'s"
+        level = [own, *theirs.values()].count(max([own or 0.0, *theirs.values()])) > 1
+        lines.append(
+            f"The plan that was built is {who}: on the selection split, right after the cut, {_and(figures)}"
+            + (" (of equals the one of lower loss)." if level else ".")
+        )
+    elif own is not None:
+        lines.append(
+            f"The best of the agent's plans on the selection split was built: {_percent(own)} % after the cut."
+        )
+    return lines
+
+
 def latency_lines(result: "SearchResult") -> list[str]:
     """Return one sentence on the measured time of a forward pass, beside the MACs; none if nothing was timed."""
     original, agent = result.finalists[0], result.finalists[-1]
@@ -149,8 +175,9 @@ def latency_lines(result: "SearchResult") -> list[str]:
         return []
     device, threads = next(agent.network.parameters()).device.type, torch.get_num_threads()
     fewer = original.cost.macs / agent.cost.macs
+    whose = "agent's" if agent.name == "agent" else "pruned"
     return [
-        f"Forward pass of the agent's network against the original's, median on this machine ({device}, {threads} "
+        f"Forward pass of the {whose} network against the original's, median on this machine ({device}, {threads} "
         f"thread{'s' * (threads > 1)}): {', '.join(passes)}, with {fewer:.1f}× fewer MACs."
     ]
 
@@ -167,12 +194,11 @@ def markdown(result: "SearchResult") -> str:
     """Return the report's text."""
     task, trim = result.task, result.settings.trim
     rows = table_rows(result)
-    evaluations = len(result.history.rows)
+    evaluations = result.history.spent
     choice = (
-        f"of its best plans {len(result.candidates)} were scored again on the selection split and the best there was "
-        "built."
+        f"{len(result.candidates)} of its best plans were scored again on the selection split."
         if result.candidates
-        else "no plan was scored before it ended, so the row *agent* is the uniform plan."
+        else "no plan of its was scored before it ended, so a heuristic's is built."
     )
     replay = (
         "Replay: `prunegym apply <this folder>` rebuilds the network from `schedule.json` (edit it, and it builds what "
@@ -197,6 +223,7 @@ def markdown(result: "SearchResult") -> str:
         *(f"- {line}" for line in training_lines(result)),
         f"- The agent spent {evaluations} of {result.settings.max_evaluations} evaluations (stopped by "
         f"{result.stopped_by}); " + choice,
+        *(f"- {line}" for line in choice_lines(result)),
         f"- Repair inside the search: {trim.repair.compensation}; criterion: {trim.repair.criterion}; "
         f"seed {result.settings.seed}. *Network Trimming (NT)* is the published method, without repair; "
         "*NT, repaired* is the same with the agent's repair after each cut.",
@@ -229,6 +256,8 @@ def learning_curve(result: "SearchResult") -> Figure:
     """Draw accuracy on the reward images against evaluations, the best so far and the uniform plan."""
     figure, axes = _figure()
     rows = result.history.finished
+    if result.settings.trim.budget_range is not None:  # others were paid against other uniform plans
+        rows = [row for row in rows if row.budget == result.settings.trim.budget]
     axes.plot(
         [row.evaluation for row in rows],
         [100 * row.accuracy for row in rows],
@@ -320,7 +349,7 @@ def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
 
 
 def _marker(finalist: Finalist) -> str:
-    return {"original": "s", "agent": "o", "uniform": "D"}.get(finalist.name, "^")
+    return {"original": "s", "agent": "o", "pool": "*", "uniform": "D"}.get(finalist.name, "^")
 
 
 def _reward_images(result: "SearchResult") -> int:
@@ -337,6 +366,10 @@ def short_count(count: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _times(count: int) -> str:

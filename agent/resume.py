@@ -157,8 +157,8 @@ class Standing:
 
 
 def origin(trimmer: Trimmer, settings: SearchSettings) -> str:
-    """Return the digest of all that decides a search: task, repair, versions and settings, but no limit of time."""
-    lasting = replace(settings, max_minutes=0.0, scores=None, latency_batches=())
+    """Return the digest of all that decides a search: task, repair, versions, settings; not of limits and reports."""
+    lasting = replace(settings, max_minutes=0.0, scores=None, latency_batches=(), noise_check="off")
     return digest(trimmer.fingerprint, dataclasses.asdict(lasting))
 
 

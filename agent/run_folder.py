@@ -4,10 +4,12 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
 from torch import nn
 
 from ..pruning.architecture import FILE as ARCHITECTURE
@@ -29,6 +32,7 @@ from ..pruning.task import PruningTask
 from .checkpoint import has_checkpoint
 from .history import History
 from .report import write_report
+from .rows import from_line, read_lines
 
 if TYPE_CHECKING:
     from .search import SearchResult
@@ -39,6 +43,8 @@ PACKAGES = (
 )  # fmt: skip
 
 BASE = "base.safetensors"
+POLICY = "policy.zip"
+HISTORY = "history.csv"
 STARTED_IN = "working_directory"
 STARTED = ("config.yaml", "command.txt", "versions.json", "seeds.json")
 
@@ -177,15 +183,55 @@ class RunFolder:
 
     def write_policy(self, policy: BaseAlgorithm) -> None:
         """Write `policy.zip`, in Stable-Baselines3's own format."""
-        policy.save(self.path / "policy.zip")
+        policy.save(self.path / POLICY)
+
+    def read_policy(self, learner: BaseAlgorithm) -> None:
+        """Give a new learner the weights of the policy in `policy.zip`; nothing that was pickled is read.
+
+        Raises:
+            UserError: There is none, or it is not the policy of such a learner.
+        """
+        self.check_policy()
+        path = self.path / POLICY
+        try:
+            _, states, _ = load_from_zip_file(path, load_data=False, device="cpu")
+            weights: Any = states["policy"]
+            learner.policy.load_state_dict(weights)
+        except (KeyError, ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{path} must hold the policy that {self.path / 'config.yaml'} describes, but it does not fit: "
+                f"{' '.join(str(error).split())[:200]}; take both from the same run"
+            ) from error
+
+    def check_policy(self) -> None:
+        """Refuse a folder without an agent.
+
+        Raises:
+            UserError: There is no `policy.zip`, or no history.
+        """
+        for name in (POLICY, Path(HISTORY).with_suffix(".jsonl").name):
+            if not (self.path / name).is_file():
+                raise UserError(f"an agent is read from {name}, but {self.path} has none; name the folder of a search")
+
+    def read_history(self) -> History:
+        """Return what the search of this folder scored, without a file behind it; torn lines are left out.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        rows = []
+        for line in read_lines((self.path / HISTORY).with_suffix(".jsonl")):
+            with suppress(ValueError):
+                rows.append(from_line(line))
+        return History(rows=rows)
 
     def write_result(self, result: "SearchResult") -> None:
         """Write everything that a finished search gives."""
         self.write_schedule(result.schedule)
-        if not (self.path / "policy.zip").exists():
+        if not (self.path / POLICY).exists():
             self.write_policy(result.policy)
-        if not (self.path / "history.csv").exists():
-            history = History(self.path / "history.csv")
+        if not (self.path / HISTORY).exists():
+            history = History(self.path / HISTORY)
             for row in result.history.rows:
                 history.add(row)
         if not (self.path / "versions.json").exists():
@@ -275,9 +321,10 @@ def results(result: "SearchResult") -> dict[str, Any]:
     return {
         "task": result.task.name,
         "budget": trim.budget,
+        "budget_range": list(trim.budget_range) if trim.budget_range else None,
         "budget_unit": trim.budget_unit,
         "seed": result.settings.seed,
-        "evaluations": len(result.history.rows),
+        "evaluations": result.history.spent,
         "max_evaluations": result.settings.max_evaluations,
         "stopped_by": result.stopped_by,
         "uniform_accuracy_in_search": _finite(result.reference_accuracy),
@@ -286,6 +333,8 @@ def results(result: "SearchResult") -> dict[str, Any]:
              "accuracy_selection_split": score.accuracy}
             for row, score in result.candidates
         ],
+        "made_by": result.schedule.made_by,
+        "pool": [{"made_by": one.made_by, "accuracy_selection_split": one.selection.accuracy} for one in result.rivals],
         "examples": {
             "train": len(result.task.train),
             "reward": len(result.task.reward),

@@ -8,14 +8,15 @@ from pathlib import Path
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from ..envs.trim import TrimEnv, TrimSettings
+from ..envs.trim import TrimEnv
+from ..envs.trim_settings import TrimSettings
 from ..pruning.checks import check_kind
 from ..pruning.errors import UserError
 from ..pruning.evaluation import Score
 from ..pruning.heuristics import Goal, network_trimming, uniform
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
-from ..pruning.schedule import Built, Round, Schedule, build
+from ..pruning.schedule import Built, Schedule, build
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
 from .checkpoint import remove_checkpoints
@@ -23,6 +24,7 @@ from .finalists import Finalist, Verdict, compare_pair, read_test_split, time_ne
 from .history import Evaluation, History
 from .learning import learn
 from .noise_meter import check_noise
+from .pool import AGENT, Candidate, choose, with_own_budget
 from .progress import Progress
 from .randomness import derive_seed, random_state_kept
 from .resume import HISTORY, Standing, alone, from_outside, origin, score_store, take_up
@@ -30,6 +32,8 @@ from .run_folder import RunFolder
 from .settings import SearchSettings
 
 DEFAULT_RETRAIN_UPDATES = 300
+POOLED = "pool"
+"""Name of the finished network where a heuristic's plan was taken."""
 
 
 @dataclass(eq=False)
@@ -41,12 +45,13 @@ class SearchResult:
         network: Built from it on the pristine weights, retrained.
         policy: The Stable-Baselines3 algorithm, trained.
         history: Every evaluation.
-        finalists: The networks of the final comparison, the agent's last.
-        verdicts: The agent against each heuristic.
+        finalists: The networks of the final comparison, the one that was searched for last.
+        verdicts: That one against each heuristic.
         candidates: The best evaluations of the search, scored on the selection split.
+        rivals: The heuristics' plans that stood for election beside them; none without a budget or a pool.
         stopped_by: "max_evaluations", "max_minutes", "repeats" or "interrupt".
         task: What was pruned.
-        settings: As resolved.
+        settings: As resolved; with a range of budgets, `trim.budget` is that of the network built here.
         reference_accuracy: Of the uniform plan on the reward images inside the search, or nan.
         original_widths: Channels of the original network, by group.
     """
@@ -58,6 +63,7 @@ class SearchResult:
     finalists: list[Finalist]
     verdicts: list[Verdict]
     candidates: list[tuple[Evaluation, Score]]
+    rivals: list[Candidate]
     stopped_by: str
     task: PruningTask
     settings: SearchSettings
@@ -93,7 +99,8 @@ def search(
 
     Args:
         task: Network and data.
-        budget: Share of the cost to keep, in (0, 1]; the settings' by default.
+        budget: Share of the cost to keep, in (0, 1]; the settings' by default. With a `budget_range` in the settings
+            the agent learns for all of it, and the network is built at this budget, or one from its middle.
         max_evaluations: Scored networks that the agent may spend.
         budget_unit: "macs" or "params".
         retrain_updates: Training updates of each finished network (300 when no settings are given).
@@ -142,14 +149,23 @@ def _search(
     environment = TrimEnv(task, settings.trim, trimmer=trimmer)  # refuses impossible settings before any work
     standing = _standing(trimmer, settings, run_folder, progress, resume)
     if standing.checkpoint is None:
-        check_noise(trimmer, settings, progress)
+        check_noise(trimmer, replace(settings, trim=with_own_budget(settings.trim)), progress)
     history = standing.history
-    policy, stopped_by = learn(task, settings, trimmer, environment, history, run_folder, progress, standing)
-    schedule, candidates = choose(trimmer, settings, history, run_folder, progress)
+    served = sorted({*settings.trim.budgets, *([settings.trim.budget] if settings.trim.budget else [])})
+    policy, stopped_by = learn(
+        task, settings, trimmer, environment, history, run_folder, progress, standing, budgets=served
+    )
+    if settings.trim.budget_range is not None:
+        settings = replace(settings, trim=with_own_budget(settings.trim))
+    needs = settings.trim.budget is not None and settings.trim.reward.objective == "budget"
+    reference = environment.reference(settings.trim.budget).accuracy if needs else math.nan
+    choice = choose(trimmer, settings, history, run_folder, progress, pool=settings.pool)
+    schedule = choice.schedule
     if run_folder:
         run_folder.write_schedule(schedule)
         run_folder.write_policy(policy)
-    agent = _build(trimmer, schedule, "agent", "agent", progress)
+    name, label = (POOLED, f"pool: {choice.taken.label}") if choice.taken_from_rivals else (AGENT, AGENT)
+    agent = _build(trimmer, schedule, name, label, progress)
     finalists = [original(trimmer)]
     if settings.compare:
         finalists += _heuristics(trimmer, settings, agent, progress)
@@ -157,7 +173,6 @@ def _search(
     read_test_split(trimmer, finalists)
     time_networks(trimmer, finalists, settings.latency_batches)
     verdicts = [compare_pair(agent, other) for other in finalists[1:-1]]
-    needs = settings.trim.budget is not None and settings.trim.reward.objective == "budget"
     result = SearchResult(
         schedule=schedule,
         network=agent.network,
@@ -165,11 +180,12 @@ def _search(
         history=history,
         finalists=finalists,
         verdicts=verdicts,
-        candidates=candidates,
+        candidates=[(one.row, one.selection) for one in choice.candidates if one.row],
+        rivals=choice.rivals,
         stopped_by=stopped_by,
         task=task,
         settings=settings,
-        reference_accuracy=environment.reference(settings.trim.budget).accuracy if needs else math.nan,
+        reference_accuracy=reference,
         original_widths={group.name: group.width for group in trimmer.groups},
     )
     if run_folder:
@@ -227,48 +243,6 @@ def resolve_settings(settings: SearchSettings) -> SearchSettings:
     """Derive the seed of calibration, scoring and retraining from the root seed."""
     repair = replace(settings.trim.repair, seed=derive_seed(settings.seed, "repair"))
     return replace(settings, trim=replace(settings.trim, repair=repair))
-
-
-def choose(
-    trimmer: Trimmer, settings: SearchSettings, history: History, run_folder: RunFolder | None, progress: Progress
-) -> tuple[Schedule, list[tuple[Evaluation, Score]]]:
-    """Score the best distinct schedules again, on the selection split, and take the best there."""
-    trim = settings.trim
-    best_yet = history.best
-    if run_folder and best_yet is not None:  # so that an interrupt from here on leaves something to replay
-        run_folder.write_schedule(_schedule(trimmer, trim, _plans(best_yet), final=True))
-    scored = []
-    for row in history.ranked()[: settings.candidates]:
-        schedule = _schedule(trimmer, trim, _plans(row), final=False)
-        built = build(trimmer, schedule, verify=False)
-        scored.append((row, trimmer.score_selection(built.network)))
-    if not scored:
-        if trim.budget is None:
-            raise UserError("the search ended before its first plan was scored; allow more evaluations or minutes")
-        progress.say("no plan was scored before the search ended: the uniform plan is built instead")
-        start = uniform(
-            trimmer, budget=trim.budget, unit=trim.budget_unit, retraining=trim.retraining, seed=trim.repair.seed
-        )
-        return start, []
-    best, _ = max(scored, key=lambda pair: (pair[1].accuracy, -pair[1].loss))
-    return _schedule(trimmer, trim, _plans(best), final=True), scored
-
-
-def _plans(row: Evaluation) -> list[PruningPlan]:
-    return [PruningPlan.from_dict(plan) for plan in row.plans]
-
-
-def _schedule(trimmer: Trimmer, trim: TrimSettings, plans: list[PruningPlan], *, final: bool) -> Schedule:
-    updates = [trim.retrain_updates] * len(plans)
-    if final:
-        updates[-1] += trim.retraining.updates
-    return Schedule(
-        rounds=tuple(Round(plan, count) for plan, count in zip(plans, updates, strict=True)),
-        repair=trimmer.settings,
-        retraining=replace(trim.retraining if final else trim.retraining.without_checks(), updates=0),
-        seed=trim.repair.seed,
-        made_by="agent",
-    )
 
 
 def original(trimmer: Trimmer) -> Finalist:

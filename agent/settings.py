@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..envs.select import SelectSettings
-from ..envs.trim import TrimSettings
+from ..envs.trim_settings import TrimSettings
 from ..pruning.checks import check_seed, check_types
 from ..pruning.errors import UserError, closest
 from ..pruning.heuristics import DataFreeSettings, Goal, NetworkTrimmingSettings, RankingSettings
@@ -19,8 +19,8 @@ class ImaginationSettings:
 
     Attributes:
         updates: Policy updates on imagined episodes after each update of the model; 0 = the policy learns from scored
-            episodes alone. Only for on-policy algorithms, one round, the rule "score" and the "full" observation;
-            otherwise, too, scored episodes alone are learned from.
+            episodes alone. Only for on-policy algorithms without an `n_steps` of their own, one round, the rule "score"
+            and the "full" observation; otherwise, too, scored episodes alone are learned from.
         walks: Imagined episodes of each policy update.
         proposals: Plans that the policy draws, of which the promising ones are scored.
     """
@@ -219,6 +219,8 @@ class SearchSettings:
         max_evaluations: Scored networks that the agent may spend (the final comparison is not counted).
         max_minutes: Wall-clock limit of the learning phase; 0 = none. The best plan so far is then used.
         candidates: Best plans of the search that are scored again, on the selection split; the best there wins.
+        pool: Whether the heuristics' plans at the budget (uniform, APoZ, Taylor, L1, right after the same repair) are
+            candidates, too: what is built is then never worse than they on the selection split right after the cut.
         compare: Whether the heuristics are run to the same budget and are allowed the same retraining updates.
         latency_batches: Batch sizes for which the finished networks' forward pass is timed; empty = not timed.
         noise_check: What happens before the search where the reward images cannot tell plans apart: "refuse", "warn",
@@ -234,6 +236,7 @@ class SearchSettings:
     max_evaluations: int = 300
     max_minutes: float = 0.0
     candidates: int = 5
+    pool: bool = True
     compare: bool = True
     latency_batches: tuple[int, ...] = (1, 64)
     noise_check: str = "refuse"

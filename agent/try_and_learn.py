@@ -30,7 +30,8 @@ from ..pruning.heuristics.plans import Goal, Pruned
 from ..pruning.heuristics.rounds import Decision, Pace, prune_in_rounds
 from ..pruning.plan import PruningPlan
 from ..pruning.retraining import RetrainSettings
-from ..pruning.trimmer import Subject, Trimmer
+from ..pruning.subject import Subject
+from ..pruning.trimmer import Trimmer
 from .filterwise import DivergedError, FilterwisePolicy, NormalisedReturns
 from .randomness import derive_seed, random_state_kept
 from .settings import TryAndLearnSettings

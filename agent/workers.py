@@ -22,7 +22,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor
 
 from ..envs.reward import Reward
-from ..envs.trim import TrimEnv, TrimSettings
+from ..envs.trim import TrimEnv
+from ..envs.trim_settings import TrimSettings
 from ..pruning.plan import PruningPlan
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer

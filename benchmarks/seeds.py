@@ -31,7 +31,8 @@ def main() -> int:
     for seed in options.seeds:
         folder = Path(options.runs) / f"{name}-{seed}"
         if not (folder / "results.json").is_file():
-            code = prunegym(["search", options.config, "--seed", str(seed), "--output", str(folder), *rest])
+            alone = ["--search.pool", "false"]  # what the agent is worth by itself
+            code = prunegym(["search", options.config, "--seed", str(seed), "--output", str(folder), *alone, *rest])
             if code:
                 return code
         found.append(json.loads((folder / "results.json").read_text()))

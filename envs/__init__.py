@@ -5,7 +5,8 @@ import gymnasium as gym
 from .observation import FEATURES
 from .reward import RewardSettings
 from .select import SelectFiltersEnv, SelectSettings
-from .trim import TrimEnv, TrimSettings
+from .trim import TrimEnv
+from .trim_settings import TrimSettings
 
 TRIM = "prunegym/Trim-v0"
 SELECT_FILTERS = "prunegym/SelectFilters-v0"

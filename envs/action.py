@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..pruning.budget import solve_counts, solve_each
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError, closest
-from ..pruning.trimmer import Subject
+from ..pruning.subject import Subject
 from ..pruning.widths import CountArray
 
 

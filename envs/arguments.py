@@ -2,8 +2,9 @@
 
 from ..pruning.checks import check_kind
 from ..pruning.errors import UserError
+from ..pruning.repair_settings import RepairSettings
 from ..pruning.task import PruningTask
-from ..pruning.trimmer import RepairSettings, Trimmer
+from ..pruning.trimmer import Trimmer
 from ..pruning.widths import GroupSettings
 from .default_task import default_task
 

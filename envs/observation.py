@@ -15,7 +15,7 @@ from torch import Tensor
 from ..pruning.cost import CostModel
 from ..pruning.errors import UserError, closest
 from ..pruning.groups import ChannelGroup
-from ..pruning.trimmer import Subject
+from ..pruning.subject import Subject
 from .layer_sizes import layer_sizes
 
 FloatArray = NDArray[np.float64]

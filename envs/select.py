@@ -15,11 +15,14 @@ from ..pruning.errors import UserError, closest
 from ..pruning.groups import ChannelGroup, TensorSlice
 from ..pruning.layers import output_dim
 from ..pruning.plan import PruningPlan
+from ..pruning.repair_settings import RepairSettings
 from ..pruning.retraining import RetrainSettings
 from ..pruning.schedule import round_seed, round_training
 from ..pruning.statistics import weight_norms
+from ..pruning.subject import Subject
 from ..pruning.task import PruningTask
-from ..pruning.trimmer import RepairSettings, Subject, Trimmed, Trimmer
+from ..pruning.trimmed import Trimmed
+from ..pruning.trimmer import Trimmer
 from ..pruning.widths import GroupSettings
 from .arguments import make_trimmer
 from .reward import Outcome, Reward, RewardSettings

@@ -69,8 +69,10 @@ def solve_each(
     """
     allowed = model.allowed
     present = model.widths if widths is None else widths
-    if scores.ndim != 2 or scores.shape[1] != len(present) or not np.isfinite(scores).all():
-        raise UserError(f"a budget needs one finite score per group ({len(present)}), but got {scores.tolist()}")
+    if scores.ndim != 2 or scores.shape[1] != len(present):
+        raise UserError(f"a budget needs one finite score per group ({len(present)}), but got an array {scores.shape}")
+    for row in scores[~np.isfinite(scores).all(1)][:1]:
+        raise UserError(f"a budget needs one finite score per group ({len(present)}), but got {row.tolist()}")
     whole = model.full.of(unit)
     limits = np.array([math.floor(budget * whole * (1 + 1e-12)) for budget in budgets])  # a share computed still fits
     if model.costs(allowed.smallest(present)[None], unit)[0] > limits.min(initial=whole):

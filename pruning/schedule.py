@@ -18,8 +18,10 @@ from .cost import Cost
 from .errors import UserError, closest
 from .evaluation import Score
 from .plan import PruningPlan
+from .repair_settings import RepairSettings
 from .retraining import RetrainResult, RetrainSettings
-from .trimmer import RepairSettings, Trimmed, Trimmer
+from .trimmed import Trimmed
+from .trimmer import Trimmer
 
 FORMAT = 1
 

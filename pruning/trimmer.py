@@ -8,181 +8,36 @@ only the score is wanted, so that they are compared on the same ground.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .checks import SEEDS, check_seed, check_types
+from .checks import SEEDS
 from .compensation import compensate, get_compensation
 from .cost import Cost, CostModel, count_cost
-from .criteria import RankingContext, get_criterion, rank_channels
+from .criteria import get_criterion
 from .data import Split, TensorSplit
 from .errors import UserError
 from .evaluation import Score, evaluate, log_probabilities
 from .fingerprint import FORMAT, digest, groups_digest, network_digest, split_digest, versions
 from .grouping import find_groups
 from .groups import ChannelGroup, shrink_groups
-from .least_squares import residual_when
+from .lineage import CHECKED, TRAINED, cut_digest, longer, training_digest, trains
 from .optimizer_state import OptimizerState, slice_state
 from .plan import PruningPlan
-from .precision import check_precision, takes_channels_last
+from .precision import takes_channels_last
 from .recalibration import recalibrate
+from .repair_settings import RepairSettings
 from .retraining import RetrainResult, RetrainSettings, retrain
 from .statistics import Statistics, measure
+from .subject import Subject
 from .surgery import apply_plan
 from .task import PruningTask
+from .trimmed import Evaluated, ScoreStore, Trimmed
 from .widths import GroupSettings
-
-
-@dataclass(frozen=True)
-class RepairSettings:
-    """How a cut is chosen, repaired and scored.
-
-    Attributes:
-        criterion: Which channels of a group leave, see `criteria.CRITERIA`.
-        compensation: How the next layers are repaired, see `compensation.COMPENSATIONS`.
-        calibration_images: Training images for statistics and Gram matrices.
-        recalibration_images: Training images for batch norm; 0 = batch norm stays as it is.
-        reward_images: Images of the reward split used for scoring; 0 = all.
-        batch_size: Examples a forward pass.
-        precision: "float32", or "bfloat16" for autocast, of batch-norm recalibration and of scores on the reward
-            images: faster on GPUs and on CPUs that compute in bfloat16. Scores on the selection split are in float32.
-        seed: Decides which images are drawn, in [0, 2**63).
-    """
-
-    criterion: str = "least_squares"
-    compensation: str = "least_squares"
-    calibration_images: int = 512
-    recalibration_images: int = 512
-    reward_images: int = 0
-    batch_size: int = 256
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse unknown names and impossible sizes."""
-        check_types(self)
-        check_seed(self.seed)
-        get_criterion(self.criterion)
-        get_compensation(self.compensation)
-        check_precision(self.precision)
-        if self.calibration_images < 1 or self.recalibration_images < 0 or self.reward_images < 0:
-            raise UserError(
-                "calibration_images must be at least 1, recalibration_images and reward_images at least 0, but got "
-                f"{self.calibration_images}, {self.recalibration_images} and {self.reward_images}"
-            )
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, but got {self.batch_size}")
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A network with all that is known of it: the pristine one, or what an earlier round left.
-
-    Attributes:
-        network: Never changed.
-        groups: Its channel groups.
-        measured: Measures it; called when its statistics are first needed, so that a method without data reads none.
-        plan: How it came from the pristine network, in the pristine numbering.
-        criterion: Name of the criterion that ranks its channels.
-        seed: Of a criterion that draws random numbers.
-        state: What the optimizer of the last training remembers of it, or None.
-        lineage: Digest of each cut and training that made it out of the pristine network, first to last; None where
-            they are not known.
-    """
-
-    network: nn.Module
-    groups: tuple[ChannelGroup, ...]
-    measured: Callable[[], Statistics]
-    plan: PruningPlan
-    criterion: str
-    seed: int = 0
-    state: OptimizerState | None = None
-    lineage: tuple[str, ...] | None = None
-
-    @cached_property
-    def statistics(self) -> Statistics:
-        """APoZ, Taylor, norms and moments."""
-        return self.measured()
-
-    @cached_property
-    def context(self) -> RankingContext:
-        """What a criterion may look at."""
-        return RankingContext(self.network, self.statistics, self.seed)
-
-    @cached_property
-    def orders(self) -> dict[str, NDArray[np.int64]]:
-        """Group name -> (width,) channels from most to least important; ranked when first needed."""
-        return rank_channels(self.criterion, self.groups, self.context)
-
-    @cached_property
-    def residuals(self) -> dict[str, NDArray[np.float64]]:
-        """Group name -> (3,) least-squares residual when 75, 50 and 25 % stay by `orders`; when first needed."""
-        result = {}
-        for group in self.groups:
-            counts = [max(1, round(share * group.width)) for share in (0.75, 0.5, 0.25)]
-            if self.criterion == "least_squares":  # its choice tells the residual of every width
-                result[group.name] = self.context.greedy_choice(group).residual[counts]
-                continue
-            problems, order = self.context.problems(group), self.orders[group.name]
-            result[group.name] = np.array([residual_when(problems, order[:count]) for count in counts])
-        return result
-
-
-@dataclass(frozen=True, eq=False)
-class Trimmed:
-    """What a trim gives.
-
-    Attributes:
-        network: The smaller network, in evaluation mode.
-        plan: What stays of the pristine network.
-        score: On the reward split.
-        cost: Parameters and MACs.
-        retraining: What training did, or None.
-        state: Where the optimizer of the next training goes on: what the last one left, or what was left before the
-            cut, sliced with it. None = at rest.
-        lineage: As of `Subject`.
-    """
-
-    network: nn.Module
-    plan: PruningPlan
-    score: Score
-    cost: Cost
-    retraining: RetrainResult | None = None
-    state: OptimizerState | None = None
-    lineage: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What a plan is worth.
-
-    Attributes:
-        score: On the reward split.
-        cost: Parameters and MACs.
-        plan: What stays of the pristine network.
-        cached: Whether the score came from the store.
-    """
-
-    score: Score
-    cost: Cost
-    plan: PruningPlan
-    cached: bool = False
-
-
-class ScoreStore(Protocol):
-    """Where scores are kept by what decided them, such as `score_cache.ScoreCache`."""
-
-    def get(self, key: str) -> Score | None:
-        """Return the score of a key, or None."""
-
-    def put(self, key: str, score: Score) -> None:
-        """Keep a score."""
 
 
 class Trimmer:
@@ -309,7 +164,7 @@ class Trimmer:
             trimmed = self.trim(plan, subject, retraining=retraining, seed=seed)
             return Evaluated(trimmed.score, trimmed.cost, trimmed.plan)
         plan = plan.completed(subject.groups)
-        key = self._key(plan, subject.lineage, retraining if _trains(retraining) else None, seed)
+        key = self._key(plan, subject.lineage, retraining if trains(retraining) else None, seed)
         score = store.get(key)
         if score is None:
             trimmed = self.trim(plan, subject, retraining=retraining, seed=seed)
@@ -353,11 +208,11 @@ class Trimmer:
             state = slice_state(state, subject.groups, plan, subject.network)
         done = None
         plan = plan.completed(subject.groups)
-        lineage = _longer(subject.lineage, _cut_digest(plan))
-        if retraining is not None and _trains(retraining):
+        lineage = longer(subject.lineage, cut_digest(plan))
+        if retraining is not None and trains(retraining):
             done = self._retrain(network, retraining, seed, state, progress)
             state = done.state
-            lineage = _longer(lineage, _training_digest(retraining, seed))
+            lineage = longer(lineage, training_digest(retraining, seed))
         network.eval()
         whole = subject.plan.then(plan)
         return Trimmed(
@@ -381,7 +236,7 @@ class Trimmer:
         """Train what a trim left, in place and from the optimizer state it holds, and score it again."""
         done = self._retrain(trimmed.network, settings, seed, trimmed.state, progress)
         state = done.state if done.updates else trimmed.state
-        lineage = _longer(trimmed.lineage, _training_digest(settings, seed)) if _trains(settings) else trimmed.lineage
+        lineage = longer(trimmed.lineage, training_digest(settings, seed)) if trains(settings) else trimmed.lineage
         return replace(trimmed, score=self.score(trimmed.network), retraining=done, state=state, lineage=lineage)
 
     def cost_of(self, plan: PruningPlan, network: nn.Module | None = None) -> Cost:
@@ -456,9 +311,9 @@ class Trimmer:
 
     def _key(self, plan: PruningPlan, lineage: tuple[str, ...], retraining: RetrainSettings | None, seed: int) -> str:
         """Return what the score of a plan (complete, in its subject's numbering) is kept under."""
-        steps = [*lineage, _cut_digest(plan)]
+        steps = [*lineage, cut_digest(plan)]
         if retraining is not None:
-            steps.append(_training_digest(retraining, seed))
+            steps.append(training_digest(retraining, seed))
         if any(step.startswith(TRAINED) for step in steps):
             steps.append(self._train_digest)
         if any(step.startswith(CHECKED) for step in steps):
@@ -516,26 +371,3 @@ class Trimmer:
         if not self._channels_last or not isinstance(split, TensorSplit):
             return split
         return TensorSplit(split.images.contiguous(memory_format=torch.channels_last), split.labels, name=split.name)
-
-
-TRAINED = "trained:"
-"""How the digest of a training begins."""
-
-CHECKED = f"{TRAINED}checked:"
-"""How that of a training begins that was scored on the selection split."""
-
-
-def _trains(retraining: RetrainSettings | None) -> bool:
-    return retraining is not None and bool(retraining.updates or retraining.epochs)
-
-
-def _cut_digest(plan: PruningPlan) -> str:
-    return "cut:" + plan.fingerprint
-
-
-def _training_digest(retraining: RetrainSettings, seed: int) -> str:
-    return (CHECKED if retraining.check_every else TRAINED) + digest(asdict(retraining), seed)
-
-
-def _longer(lineage: tuple[str, ...] | None, step: str) -> tuple[str, ...] | None:
-    return None if lineage is None else (*lineage, step)

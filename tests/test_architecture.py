@@ -108,6 +108,7 @@ def test_a_search_leaves_an_architecture_that_can_be_edited_trained_and_pruned_a
     quick = [
         "--task.training.updates=30", "--search.trim.retraining.updates=5", "--budget=0.3", "--output=found",
         "--search.max_evaluations=4", "--search.learner.episodes_per_update=2", "--search.compare=false",
+        "--search.pool=false",
     ]  # fmt: skip
     assert main(["search", "quickstart", "--task.network=lenet_small", *quick]) == 0
     path = Path("found/architecture.yaml")

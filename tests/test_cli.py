@@ -332,7 +332,7 @@ def test_a_value_on_the_command_line_beats_the_file(config: Path, tmp_path: Path
     assert main(["search", str(config), *arguments, "--output", "here"]) == 0
     results = json.loads((tmp_path / "here" / "results.json").read_text())
     assert (results["budget"], results["evaluations"]) == (0.5, 2)
-    assert [entry["name"] for entry in results["finalists"]] == ["original", "agent"]
+    assert len(results["finalists"]) == 2  # the original, and what was searched for
     assert main(["search", str(config), *arguments, "--budget", "0.4", "--output", "there"]) == 0
     assert json.loads((tmp_path / "there" / "results.json").read_text())["budget"] == 0.4
     assert len(list((tmp_path / "cache" / "prunegym").glob("*.safetensors"))) == 1  # trained once

@@ -1,6 +1,7 @@
 """Costs against hand counts, and budgets that hold by construction."""
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prunegym.pruning.budget import solve_counts
+from prunegym.pruning.budget import solve_counts, solve_each
 from prunegym.pruning.cost import CostModel, count_cost
 from prunegym.pruning.errors import UserError
 from prunegym.pruning.grouping import find_groups
@@ -397,3 +398,103 @@ def test_a_multiple_wider_than_every_group_leaves_everything_whole() -> None:
     assert solve_counts(model, np.zeros(3), 1.0, "macs").tolist() == [4, 6, 8]
     with pytest.raises(UserError, match=r"already costs 1\.000000 of the macs, .* with channel_multiple 16"):
         solve_counts(model, np.zeros(3), 0.99, "macs")
+
+
+# ---- many plans at once ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_costs_of_many_plans_are_those_of_the_networks_they_leave(unit: str) -> None:
+    network = make(ToyConv)
+    model, groups = model_of(network, network.shape)
+    plans = [random_plan(groups, seed) for seed in range(12)]
+    counts = np.array([[plan.counts[group.name] for group in groups] for plan in plans])
+    cut = [count_cost(apply_plan(network, groups, plan), images(network.shape, 1)).of(unit) for plan in plans]
+    assert len(set(cut)) > 8
+    assert model.costs(counts, unit).tolist() == cut
+    assert model.costs(counts[:0], unit).shape == (0,)
+
+
+def step_by_step(
+    model: CostModel, scores: Any, budget: float, unit: str, multiple: int, minimum: int, present: Any
+) -> list[int]:
+    """Solve by the definition: b passes every place where some group wants one whole channel more, upwards."""
+    limit, groups = budget * model.full.of(unit) * (1 + 1e-12), range(len(present))
+    if model.cost(present).of(unit) <= limit:
+        return present.tolist()
+    known = widths_allowed(model, multiple, minimum, present)
+
+    def wanted(shift: float) -> Any:
+        return present / (1 + np.exp(-(scores + shift)))
+
+    def nearest(shift: float) -> list[int]:
+        whole = np.floor(wanted(shift) + 1e-9)
+        return [min(each, key=lambda c: (abs(c - want), c)) for each, want in zip(known, whole, strict=True)]
+
+    # n of w channels are wanted from logit(n / w) - score on; all of them where a billionth of one is missing
+    shares = [(p, n / present[p]) for p in groups for n in [*range(1, present[p]), present[p] - 0.9999e-9]]
+    places = sorted(math.log(share / (1 - share)) - scores[p] for p, share in shares)
+    first = next(i for i, shift in enumerate(places) if model.cost(np.array(nearest(shift))).of(unit) > limit)
+    counts = nearest((places[first - 1] + places[first]) / 2) if first else nearest(places[0] - 1)
+    missing = wanted(places[first]) - counts
+    steps = [each[min(each.index(c) + 1, len(each) - 1)] - c for each, c in zip(known, counts, strict=True)]
+    for place in sorted(groups, key=lambda p: -missing[p] / max(steps[p], 1)):
+        wider = [count + steps[p] * (p == place) for p, count in enumerate(counts)]
+        held_up = missing[place] < -1e-6 and steps[place] > 1
+        if not held_up and model.cost(np.array(wider)).of(unit) <= limit:
+            counts = wider
+    return counts
+
+
+@pytest.mark.parametrize(("multiple", "minimum"), [(1, 1), (2, 1), (3, 5), (8, 1)])
+@pytest.mark.parametrize("kind", ["lenet", "resnet", "conv"])
+@pytest.mark.parametrize("later", [False, True])
+def test_plans_solved_together_are_each_as_by_definition(kind: str, multiple: int, minimum: int, later: bool) -> None:
+    model = limited(kind, multiple, minimum)
+    rng = np.random.default_rng(multiple)
+    known = widths_allowed(model, multiple, minimum)
+    present = np.array([rng.choice(each) for each in known]) if later else model.widths
+    for unit in ("macs", "params"):
+        least = model.share(np.array([each[0] for each in known]), unit)
+        budgets = np.append(rng.uniform(least, 1.0, 7), 1.0)  # each plan has its own
+        scores = rng.normal(0, rng.choice([0.2, 1.0, 3.0], (8, 1)), (8, len(present)))
+        together = solve_each(model, scores, budgets, unit, widths=present if later else None)
+        for row, budget, found in zip(scores, budgets, together, strict=True):
+            assert found.tolist() == step_by_step(model, row, budget, unit, multiple, minimum, present)
+            alone = solve_counts(model, row, float(budget), unit, widths=present if later else None)
+            assert found.tolist() == alone.tolist()
+        order = rng.permutation(8)  # nothing depends on what stands beside it
+        again = solve_each(model, scores[order], budgets[order], unit, widths=present if later else None)
+        np.testing.assert_array_equal(again, together[order])
+
+
+def test_extreme_scores_are_solved_together_too(resnet: Any) -> None:
+    model, _ = resnet
+    scores = np.array([np.full(12, -1e6), np.full(12, 1e6), np.zeros(12), np.where(np.arange(12) % 2, 50.0, -50.0)])
+    together = solve_each(model, scores, [0.3] * 4, "macs")
+    np.testing.assert_array_equal(together[0], together[2])
+    np.testing.assert_array_equal(together[1], together[2])
+    np.testing.assert_array_equal(together[3][1::2], model.widths[1::2])  # whole before the others get anything
+    assert (together[3][::2] < model.widths[::2]).all()
+    assert (model.costs(together, "macs") <= 0.3 * model.full.macs).all()
+
+
+def test_one_unreachable_budget_among_many_is_named(lenet: Any) -> None:
+    model, _ = lenet
+    with pytest.raises(UserError, match=r"budget must be reachable, but got budget=0.001; one channel"):
+        solve_each(model, np.zeros((3, 3)), [0.5, 0.001, 0.9], "macs")
+    least = model.smallest_share("macs")
+    assert solve_each(model, np.zeros((2, 3)), [least, 1.0], "macs").tolist() == [[1, 1, 1], [20, 50, 500]]
+    model = limited("conv", 16, 1)  # nothing may leave
+    with pytest.raises(UserError, match=r"already costs 1\.000000 of the macs, .* with channel_multiple 16"):
+        solve_each(model, np.zeros((2, 3)), [1.0, 0.99], "macs")
+
+
+def test_refusals_of_many_plans(lenet: Any) -> None:
+    model, _ = lenet
+    scores = np.zeros((200, 3))
+    scores[150, 1] = np.nan
+    with pytest.raises(UserError, match=r"one finite score per group \(3\), but got \[0\.0, nan, 0\.0\]$"):
+        solve_each(model, scores, [0.5] * 200, "macs")
+    for shape in ((2, 2), (3,)):
+        with pytest.raises(UserError, match=re.escape(f"one finite score per group (3), but got an array {shape}")):
+            solve_each(model, np.zeros(shape), [0.5] * 2, "macs")
+    assert solve_each(model, np.zeros((0, 3)), [], "macs").shape == (0, 3)

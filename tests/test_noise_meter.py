@@ -18,8 +18,8 @@ from prunegym.envs import RewardSettings, TrimSettings
 from prunegym.envs.default_task import DEFAULT_TASK, default_task
 from prunegym.pruning import PruningTask, Trimmer, UserError, prepare_task
 from prunegym.pruning.heuristics import uniform
+from prunegym.pruning.repair_settings import RepairSettings
 from prunegym.pruning.retraining import RetrainSettings
-from prunegym.pruning.trimmer import RepairSettings
 from torch import nn
 from toys import Wired
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from prunegym.agent.search import search
 from prunegym.agent.settings import SearchSettings
 from prunegym.envs.default_task import default_task
-from prunegym.envs.trim import TrimSettings
+from prunegym.envs.trim_settings import TrimSettings
 from prunegym.pruning.errors import UserError
 from prunegym.pruning.evaluation import Score, evaluate
 from prunegym.pruning.plan import PruningPlan

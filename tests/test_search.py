@@ -49,6 +49,7 @@ QUICK = SearchSettings(
     methods=MethodSettings(NetworkTrimmingSettings(max_rounds=2)),
     max_evaluations=24,
     candidates=2,
+    pool=False,
     noise_check="off",
 )
 
@@ -258,7 +259,7 @@ def test_candidates_are_what_the_search_scored(task: PruningTask, monkeypatch: p
         seen.append((built.rounds[-1].after_retraining.accuracy, built.rounds[-1].after_retraining.loss))
         return built
 
-    monkeypatch.setitem(search.__globals__, "build", recording)
+    monkeypatch.setattr("prunegym.agent.pool.build", recording)
     trim = replace(QUICK.trim, rounds=2, retrain_updates=4, retraining=IMPATIENT)
     result = search(task, settings=replace(QUICK, trim=trim, compare=False, max_evaluations=8))
     assert seen[:2] == [(row.accuracy, row.loss) for row, _ in result.candidates]
@@ -385,7 +386,7 @@ def test_the_noise_follows_its_schedule(task: PruningTask, monkeypatch: pytest.M
         return set_noise
 
     monkeypatch.setattr(History, "has_scored", lambda *_: False)  # repeats spend nothing, and would hold the noise up
-    monkeypatch.setitem(search.__globals__, "noise_setter", recording)
+    monkeypatch.setattr("prunegym.agent.learning.noise_setter", recording)
     learner = LearnerSettings(episodes_per_update=4, noise_start=-0.5, noise_end=-2.5, hidden=[8])
     result = search(task, settings=replace(QUICK, learner=learner, compare=False, max_evaluations=21))
     assert [spent for spent, _ in seen] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])  # 20 with noise, the last without
@@ -434,9 +435,9 @@ def test_the_search_climbs_a_known_landscape(task: PruningTask, monkeypatch: pyt
     found = max(row.accuracy for row in rows)
     assert found <= best
     assert best - found < 0.05 * (best - np.mean(random))
-    late = np.mean([row.accuracy for row in rows[-30:]])
-    assert late > np.mean([row.accuracy for row in rows[:30]])
-    assert late > np.mean(random)
+    own = rows[-1].accuracy  # of the policy without noise; what is tried before is new each time, good or not
+    assert own > np.mean([row.accuracy for row in rows[:30]])
+    assert best - own < 0.1 * (best - np.mean(random))
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -477,7 +478,9 @@ def test_the_history_on_disk_is_the_history(run: tuple[SearchResult, Path]) -> N
 def test_the_results_are_written(run: tuple[SearchResult, Path]) -> None:
     result, folder = run
     written = json.loads((folder / "results.json").read_text())
-    assert (written["evaluations"], written["max_evaluations"], written["stopped_by"]) == (24, 24, "max_evaluations")
+    distinct = {json.dumps(row.plans) for row in result.history.rows}
+    assert (written["max_evaluations"], written["stopped_by"]) == (24, "max_evaluations")
+    assert written["evaluations"] == len(distinct) <= 24
     assert written["test_split_readings"] == list(result.task.test.readings)
     assert len(written["test_split_readings"]) == 1
     assert [entry["accuracy_test_split"] for entry in written["finalists"]] == [f.test for f in result.finalists]
@@ -510,8 +513,8 @@ def test_tensorboard_shows_the_search(run: tuple[SearchResult, Path]) -> None:
     counted = [event.value for event in events.Scalars("prune/evaluations")]
     assert counted == sorted(counted)
     assert counted[-1] in (23, 24)
-    mean = np.mean([row.accuracy for row in result.history.rows[:6]])
-    assert events.Scalars("prune/accuracy")[0].value == pytest.approx(mean)
+    shown = [event.value for event in events.Scalars("prune/accuracy")]
+    assert shown == pytest.approx([row.accuracy for row in result.history.rows])
 
 
 def interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,12 +535,12 @@ def test_an_interrupted_search_builds_its_best_plan(tmp_path: Path, monkeypatch:
     result = search(fresh_task(), settings=replace(QUICK, compare=False), run_folder=folder)
     assert result.stopped_by == "interrupt"
     rows = result.history.rows
-    assert len(rows) == 8  # the tenth cut did not happen, and one of the nine was the uniform plan's
+    assert len(rows) == 9  # the tenth cut did not happen; the first one was the uniform plan's, too
     candidates = [row.plans[-1] for row in result.history.ranked()[:2]]
     assert result.schedule.plan.to_dict() in candidates
     assert {path.name for path in folder.path.iterdir()} >= FILES
     assert json.loads((folder.path / "results.json").read_text())["stopped_by"] == "interrupt"
-    assert len((folder.path / "history.csv").read_text().splitlines()) == 9
+    assert len((folder.path / "history.csv").read_text().splitlines()) == 10
     assert same_weights(load_pruned(folder.path), result.network)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from prunegym.agent.cli import main
 from prunegym.envs import TrimSettings
-from prunegym.envs.trim import check_request
+from prunegym.envs.trim_settings import check_request
 from prunegym.pruning import (
     AllowedWidths,
     CostModel,

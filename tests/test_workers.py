@@ -18,7 +18,7 @@ from prunegym.agent import workers
 from prunegym.agent.workers import Parcel, WorkerEnvs, make_environments
 from prunegym.envs import TrimEnv, TrimSettings
 from prunegym.envs.trim import ActionError
-from prunegym.pruning import PruningTask, RepairSettings, Trimmer
+from prunegym.pruning import PruningTask, RepairSettings, Trimmer, subject
 from prunegym.pruning import trimmer as trimmer_module
 from prunegym.pruning.splits import DatasetSplit
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -172,8 +172,9 @@ def test_workers_trace_measure_and_draw_nothing_again(monkeypatch: pytest.Monkey
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("this was done before")
 
-    for name in ("find_groups", "measure", "CostModel", "rank_channels", "log_probabilities", "takes_channels_last"):
+    for name in ("find_groups", "measure", "CostModel", "log_probabilities", "takes_channels_last"):
         monkeypatch.setattr(trimmer_module, name, again)
+    monkeypatch.setattr(subject, "rank_channels", again)
     monkeypatch.setattr(Trimmer, "_draw", again)
     infos = play(environments)[-1][3]
     assert all(np.isfinite(info["loss"]) for info in infos)

@@ -11,7 +11,8 @@ from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..statistics import measure
 from ..surgery import apply_plan
-from ..trimmer import Trimmed, Trimmer
+from ..trimmed import Trimmed
+from ..trimmer import Trimmer
 
 
 def train_from_scratch(trimmer: Trimmer, plan: PruningPlan, retraining: RetrainSettings, *, seed: int) -> Trimmed:

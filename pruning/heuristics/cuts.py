@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ..cost import CostModel
 from ..plan import PruningPlan
-from ..trimmer import Subject
+from ..subject import Subject
 from .plans import Goal
 
 Masks = dict[str, NDArray[np.bool_]]

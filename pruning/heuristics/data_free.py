@@ -17,7 +17,8 @@ from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
 from ..saliency import MergeSequence, cut_off, merge_problem, merge_sequence, serves_published
-from ..trimmer import Subject, Trimmer
+from ..subject import Subject
+from ..trimmer import Trimmer
 from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, weakest_leave
 from .plans import Goal, Pruned
 from .rounds import Decision, Pace, decision_of, prune_in_rounds

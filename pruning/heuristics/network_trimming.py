@@ -20,7 +20,8 @@ from ..cost import CostModel
 from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
-from ..trimmer import Subject, Trimmer
+from ..subject import Subject
+from ..trimmer import Trimmer
 from .cuts import Candidate, Masks, floors, nothing_leaves, weakest_leave
 from .plans import Goal, Pruned
 from .rounds import Decision, Pace, decision_of, mean_apoz, prune_in_rounds

@@ -20,7 +20,8 @@ from ..criteria import CRITERIA, NORMS, get_criterion, normalised_scores
 from ..errors import UserError, closest
 from ..groups import ChannelGroup
 from ..retraining import RetrainSettings
-from ..trimmer import Subject, Trimmer
+from ..subject import Subject
+from ..trimmer import Trimmer
 from .cuts import FLOOR_ROUNDS, Candidate, floors, next_share, weakest_leave
 from .plans import Goal, Pruned
 from .rounds import Decision, Pace, decision_of, prune_in_rounds

@@ -19,7 +19,9 @@ from ..groups import shrink_groups
 from ..plan import PruningPlan
 from ..retraining import RetrainSettings
 from ..schedule import BuiltRound, Round, Schedule, build, round_seed, round_training
-from ..trimmer import Subject, Trimmed, Trimmer
+from ..subject import Subject
+from ..trimmed import Trimmed
+from ..trimmer import Trimmer
 from .cuts import Masks, nothing_leaves, plan_of
 from .plans import Goal, PlanRecord, Provenance, Pruned
 
