@@ -110,8 +110,12 @@ def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:
     }
 
     def table(show: Callable[[list[float]], str]) -> list[str]:
+        def cell(values: list[float]) -> str:
+            few = f" ({len(values)} seeds)" if len(values) < len(seeds) else ""
+            return show(values) + few if values else "–"
+
         rows = [
-            (label, *(show(regrets[label, evaluations]) for evaluations in EVALUATIONS))
+            (label, *(cell(regrets[label, evaluations]) for evaluations in EVALUATIONS))
             for label in (*AGENTS, *CONTROL_NAMES)
         ]
         return markdown_table(("search", *map(str, EVALUATIONS)), rows)
@@ -124,10 +128,9 @@ def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:
         return lambda values: f"{statistics.mean(value <= limit for value in values):.0%}"
 
     last = max(EVALUATIONS)
-    seconds = (
-        f"{label} {statistics.mean(x.seconds for x in lines if (x.label, x.evaluations) == (label, last)):.1f}"
-        for label in (*AGENTS, *CONTROL_NAMES)
-    )
+    spent = {label: [line.seconds for line in lines if (line.label, line.evaluations) == (label, last)] for label in
+             (*AGENTS, *CONTROL_NAMES)}  # fmt: skip
+    seconds = (f"{label} {statistics.mean(each):.1f}" for label, each in spent.items() if each)
     uniform, best = landscape.scores[landscape.uniform], landscape.scores[landscape.best]
     second, third = landscape.ranked()[1:3]
     missed = [landscape.regret(landscape.value(plan) - landscape.value(landscape.uniform)) for plan in (second, third)]

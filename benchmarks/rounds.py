@@ -136,7 +136,7 @@ def ways_of(rounds: int, inside: int, final: int) -> list[Way]:
         Way("rounds", f"agent, {rounds} rounds", rounds, inside, final),
         Way("trained", "agent, 1 round, trained before it is scored", 1, all_inside, final),
         Way("cut", "agent, 1 round, scored right after the cut", 1, 0, final + all_inside),
-        Way("planned", "the same, agent that plans (default)", 1, 0, final + all_inside, planned=True),
+        Way("planned", "agent that plans (the default), 1 round", 1, 0, final + all_inside, planned=True),
         Way("uniform_rounds", f"uniform, {rounds} rounds", rounds, inside, final, searched=False),
         Way("uniform", "uniform, 1 round", 1, 0, final + all_inside, searched=False),
     ]
@@ -211,13 +211,13 @@ def page(
                 way.label, f"{way.rounds} × {way.inside} + {way.final}",
                 f"{statistics.mean(one.evaluations for one in outcomes):.0f}",
                 f"{statistics.mean(one.updates for one in outcomes):,.0f}",
-                f"{statistics.mean(one.seconds for one in outcomes):.0f}", spread([one.seen for one in outcomes]),
+                spread([one.seen for one in outcomes]),
                 spread([one.selection.accuracy for one in finished]), spread([one.test or 0.0 for one in finished]),
             )
         )  # fmt: skip
     heads = (
-        "way", "updates of the winner", "networks scored", "updates in the search", "seconds", "seen by the search",
-        "selection", "test",
+        "way", "updates of the winner", "networks scored", "updates in the search", "seen by the search", "selection",
+        "test",
     )  # fmt: skip
     pairs = [(way, *intervals(found[first.name], found[way.name])) for way in ways[1:]]
     compared = [
@@ -236,7 +236,9 @@ def page(
         f"highest reward. Accuracies in percent, mean ± standard deviation over {len(by_seed)} seeds of search, "
         f"repair and retraining; the original network is the same (selection {100 * original:.2f}). "
         f"{len(task.reward):,} reward, {len(task.selection):,} selection and {len(task.test):,} test images; the test "
-        "split was opened once, for all.",
+        f"split was opened once, for all. Training: batch {trim.retraining.batch_size}, learning rate "
+        f"{trim.retraining.learning_rate:g}, distillation {trim.retraining.distillation:g}; what holds for so many "
+        "updates need not hold for many more.",
         "",
         *markdown_table(heads, rows),
         "",
