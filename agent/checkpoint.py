@@ -36,6 +36,10 @@ COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_re
 LAST = ("_last_obs", "_last_original_obs", "_last_episode_starts")
 STATISTICS = ("obs_rms", "ret_rms")
 
+SEEN_TOLERANCE = 1e-3
+"""How far the first observation of a resumed episode may lie from the one seen: other threads, or a GPU that adds up in
+no fixed order, change last digits; other data or another network change more."""
+
 
 # ---- an environment's part -------------------------------------------------------------------------------------------
 class EpisodeStart(gym.Wrapper[Any, Any, Any, Any]):
@@ -121,7 +125,7 @@ def restore(learner: BaseAlgorithm, state: Mapping[str, Any]) -> None:
     for place, start in enumerate(plain["environments"]):
         observation, _ = learner.env.env_method("begin_again", start, indices=place)[0]
         seen = state["last"]["_last_obs"][place]
-        if not state["normalizer"] and not np.array_equal(observation, seen.numpy()):
+        if not state["normalizer"] and not np.allclose(observation, seen.numpy(), rtol=0, atol=SEEN_TOLERANCE):
             raise UserError(
                 "a search must go on with the data and the network that it began with, but its environment begins its "
                 "episode otherwise; bring them back, or start a new search"

@@ -38,7 +38,7 @@ from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
 from .methods import METHODS, get_method
 from .noise_meter import noise_for
-from .pool import best_of
+from .pool import best_of, with_own_budget
 from .progress import Progress
 from .prune import check_method, prune
 from .prune_options import read_options
@@ -205,7 +205,7 @@ def noise_command(arguments: list[str]) -> int:
     config = read_config(arguments, "noise")
     task = load_task(config, Progress(enabled=True))
     trimmer = Trimmer(task, config.search.trim.repair, config.search.trim.groups, lean=True)
-    report = noise_for(trimmer, config.search)
+    report = noise_for(trimmer, replace(config.search, trim=with_own_budget(config.search.trim)))
     console = Console(highlight=False)
     console.width = max(80, console.width)
     console.print(report.table())

@@ -58,14 +58,20 @@ def _row(made: Comparison, method: str, budget: float) -> tuple[str, ...]:
     macs = fmean(one.macs for one in found) / made.whole.macs
     missed = "" if all(one.within for one in found) else " *"
     budgets = len(made.config.compare.budgets)
-    evaluations = fmean(cell.evaluations for cell in cells) / budgets
+    paid = (
+        [cell for one in (POOL, *filter(feeds_pool, made.config.compare.methods)) for cell in made.cells_of(one)]
+        if method == POOL
+        else cells
+    )
+    evaluations = sum(cell.evaluations for cell in paid) / len(cells) / budgets
+    seconds = sum(cell.seconds for cell in paid) / len(cells) / budgets
     return (
         label(method),
         *(spread(made.figures(method, budget, stage)) for stage in STAGES),
         f"{params:.1%}".replace("%", " %") + (missed if _unit(made) == "params" else ""),
         f"{macs:.1%}".replace("%", " %") + (missed if _unit(made) == "macs" else ""),
         f"{evaluations:.0f}" if evaluations else "–",
-        f"{fmean(cell.seconds for cell in cells) / budgets:.1f}",
+        f"{seconds:.1f}",
         f"{fmean(one.updates for one in found):.0f}",
     )
 
@@ -110,7 +116,8 @@ def console_tables(made: Comparison) -> list[Table]:
     for budget in made.config.compare.budgets:
         shown = _table(f"{made.task}, {budget:.1%} of the {unit}: accuracy, % (mean ± std over {_seeds(made)})")
         for header in ("method", "cut only", "retrained", "test", "params", "MACs", "evals", "s", "updates"):
-            shown.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+            name = header == "method"  # gives way where the terminal is narrow; figures must not be cut off
+            shown.add_column(header, justify="left" if name else "right", no_wrap=not name)
         for row, method in zip(table_rows(made, budget), ("", *made.config.compare.rows), strict=True):
             shown.add_row(*row, style="bold" if method == made.config.compare.subject else None)
         verdicts = _table("Differences in points, interval, verdict")
@@ -150,20 +157,21 @@ def _said(verdict: str, pairs: Sequence[Pair]) -> str:
 
 
 def _outside_lines(made: Comparison) -> list[str]:
-    """Name the methods that stay further below a budget than the tolerance: they are compared at less cost."""
+    """Name the methods that stay further below a budget than the tolerance, or are above it."""
     lines, compare = [], made.config.compare
     for budget in compare.budgets:
         kept = {method: [cell.at(budget) for cell in made.cells_of(method)] for method in compare.methods}
-        outside = [
-            f"{label(method)} ({fmean(one.kept for one in found):.1%})".replace("%", " %")
-            for method, found in kept.items()
-            if not all(one.within for one in found)
-        ]
-        if outside:
-            lines.append(
-                f"At {budget:g} the cost kept by {_listed(outside)} lies below the tolerance for at least one seed; "
-                "differences to others there are not at equal cost."
-            )
+        named = {method: f"{label(method)} ({fmean(one.kept for one in found):.1%})" for method, found in kept.items()}
+        above = [method for method, found in kept.items() if any(one.kept > budget * (1 + 1e-9) for one in found)]
+        missed = [method for method, found in kept.items() if not all(one.within for one in found)]
+        below = [method for method in missed if method not in above]
+        for methods, where in ((below, "below the tolerance"), (above, "above the budget")):
+            if methods:
+                outside = _listed([named[method].replace("%", " %") for method in methods])
+                lines.append(
+                    f"At {budget:g} the cost kept by {outside} lies {where} for at least one seed; differences to "
+                    "others there are not at equal cost."
+                )
     return lines
 
 
@@ -205,20 +213,23 @@ def method_lines(made: Comparison) -> list[str]:
         f"{compare.retrain_updates:,} updates in all.",
         f"Searches score at most {compare.evaluations:,} distinct plans for each budget; a plan that comes again costs "
         "nothing, one whose score another run left in the store counts all the same, but takes no time. The winner is "
-        "the plan of best reward on the reward images.",
+        f"the plan of best reward on the reward images.{_shared_lines(made)}",
         f"Rankings cut at once, each with its own criterion, scope {compare.ranking_scope!r}; *uniform* uses the "
         f"agent's criterion ({trim.repair.criterion}) at the same share of every group.",
         "A seed decides the images drawn for calibration, recalibration and reward, the search and the retraining; "
-        "network and splits are the same for all.",
+        "network and splits are the same for all. So an interval holds the luck of those draws, not that of the "
+        "network nor of the images in a split.",
         f"Intervals are {compare.confidence:.0%} bootstrap intervals of the mean paired difference over seeds (BCa "
         "where it is defined, else by percentiles), not corrected for several comparisons; over few seeds they are "
         f"narrower than they ought to be. Fewer than {ENOUGH_SEEDS} seeds give no verdict.",
-        f"The test split was read {_times(made.readings)}, after everything else was decided.",
+        f"The test split was read {_times(made.readings)}, after everything else was decided"
+        + (" for the cells that were there." if made.readings > 1 else "."),
     ]
     if POOL in compare.rows:
         lines.append(
             "*pool with a floor* takes, on the selection split right after the cut, the best plan of the heuristics "
-            "and the agent; its figure there is the one it was chosen by, so it flatters; the test figure does not."
+            "and the agent; it was chosen by its first figure, so that this, and a little the second, flatter; the "
+            "test figure does not. Its evaluations and seconds are those of all its members and of the choice."
         )
     between = [
         method
@@ -226,13 +237,30 @@ def method_lines(made: Comparison) -> list[str]:
         if any(made.figures(method, budget, "before") is None for budget in compare.budgets)
     ]
     if between:
-        lines.append(f"{_listed([label(m) for m in between])}: trained between cuts, so there is no figure without it.")
+        lines.append(
+            f"{_listed([label(m) for m in between])}: trained between cuts, so there is no figure without it, and the "
+            "seconds hold that training."
+        )
     if "random" in compare.methods and SEARCHES_AT_RANDOM in compare.methods:
         lines.append("*ranking at random* removes channels at random once; *random search* tries random widths.")
+    jobs = made.config.jobs
+    several = f"; {jobs} ran at the same time" if jobs > 1 else ""
+    lines.append(f"Seconds are those of searching or ranking for one budget, without the final retraining{several}.")
     cached = sum(cell.cached for cell in made.cells)
     if cached:
         lines.append(f"{cached:,} scores came from the store, so the seconds of their searches are understated.")
     return lines
+
+
+def _shared_lines(made: Comparison) -> str:
+    """Say where a search pays for several budgets together; a sentence with a space before it, or nothing."""
+    compare = made.config.compare
+    if AGENT not in compare.methods or len(compare.budgets) == 1:
+        return ""
+    return (
+        f" An agent that serves the {len(compare.budgets)} budgets with one training may spend the sum, and a little "
+        "more on one budget than on another; the table shows its mean."
+    )
 
 
 def markdown(made: Comparison, command: Sequence[str], versions: dict[str, str]) -> str:

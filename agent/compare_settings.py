@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..pruning.errors import UserError, closest
 from ..pruning.grouping import find_groups
 from ..pruning.heuristics import Goal, RankingSettings
 from ..pruning.prepare import TaskSettings
-from .configuration import read_values, resolve_device, stored_values
+from .configuration import read_values, resolve_device
 from .controls import CONTROLS
 from .methods import METHODS, Prospect
 from .search import resolve_settings
@@ -36,6 +37,9 @@ KNOWN = (AGENT, UNIFORM, *CONTROL_NAMES, *METHODS)
 
 ENOUGH_SEEDS = 5
 """Fewer give no verdict."""
+
+FEWEST_RESAMPLES = 100
+"""With fewer the ends of an interval are luck; a single one would make any difference certain."""
 
 
 def is_search(method: str) -> bool:
@@ -72,7 +76,7 @@ class CompareSettings:
         pool: Whether a row is added that takes, on the selection split right after the cut, the best of the
             heuristics' plans and the agent's `candidates` best; only where at least two methods have such plans.
         confidence: Of the intervals, in (0, 1).
-        resamples: Of the bootstrap.
+        resamples: Of the bootstrap, at least 100.
     """
 
     methods: tuple[str, ...] = (AGENT, UNIFORM, "apoz", "taylor_2019", "l1", SEARCHES_AT_RANDOM, "cem")
@@ -93,7 +97,7 @@ class CompareSettings:
             values = getattr(self, name)
             object.__setattr__(self, name, tuple(values))
             if not values:
-                raise UserError(f"{name} must hold at least one, but the list is empty")
+                raise UserError(f"{name} must hold at least one, but the list is empty; leave it out for the default")
             twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
             if twice is not None:
                 raise UserError(f"{name} must differ from each other, but got {twice!r} twice in {list(values)}")
@@ -105,10 +109,18 @@ class CompareSettings:
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise UserError(f"budgets must be in (0, 1], but got {budget}; each is the share of the cost to keep")
-        if self.evaluations < 1 or self.retrain_updates < 0 or self.resamples < 1:
+        if len({f"{budget:g}" for budget in self.budgets}) < len(self.budgets):
             raise UserError(
-                "evaluations and resamples must be at least 1 and retrain_updates at least 0, but got "
-                f"{self.evaluations}, {self.resamples} and {self.retrain_updates}"
+                f"budgets must differ within six digits, but got {list(self.budgets)}; networks are filed by them"
+            )
+        if self.evaluations < 1 or self.retrain_updates < 0:
+            raise UserError(
+                "evaluations must be at least 1 and retrain_updates at least 0, but got "
+                f"{self.evaluations} and {self.retrain_updates}"
+            )
+        if self.resamples < FEWEST_RESAMPLES:
+            raise UserError(
+                f"resamples must be at least {FEWEST_RESAMPLES}, but got {self.resamples}; 9999 are usual, and quick"
             )
         one_shot(RankingSettings(), self.ranking_scope)  # which knows the scopes
         if not 0 <= self.budget_tolerance < 1 or not 0 < self.confidence < 1:
@@ -135,7 +147,7 @@ class CompareConfig:
 
     Attributes:
         task: Network and data.
-        search: The agent, the environment and the methods' own settings. Budget, evaluations and number of retraining
+        search: The agent, the environment and the methods' own settings. Budgets, evaluations and number of retraining
             updates are those of `compare`; `seed` decides the network where it is trained here.
         compare: Methods, seeds, budgets and what they may spend.
         data_root: Folder that holds the data; replaces `task.data_root`.
@@ -165,6 +177,11 @@ class CompareConfig:
             raise UserError(f"threads must be at least 0 and jobs at least 1, but got {self.threads} and {self.jobs}")
         if self.output is not None and self.resume is not None:
             raise UserError("a comparison has one run folder, but got --output and --resume; give one of them")
+        if self.compare.evaluations < self.search.trim.rounds:
+            raise UserError(
+                "compare.evaluations must hold one episode, search.trim.rounds, but got "
+                f"{self.compare.evaluations} and {self.search.trim.rounds}; allow more, or take fewer rounds"
+            )
         check_fair(self.search)
 
 
@@ -210,11 +227,6 @@ def read_compare(arguments: Sequence[str]) -> CompareConfig:
     return resolve_compare(CompareConfig(**read_values(arguments, "compare", CompareConfig)))
 
 
-def stored_compare(path: Path) -> CompareConfig:
-    """Return what a run's `config.yaml` says, resolved."""
-    return resolve_compare(CompareConfig(**stored_values(path, CompareConfig)[0]))
-
-
 def resolve_compare(config: CompareConfig) -> CompareConfig:
     """Move the shortcuts to where they belong."""
     task = replace(config.task, data_root=config.data_root or config.task.data_root)
@@ -232,15 +244,31 @@ def _stored_in(arguments: Sequence[str]) -> Path | None:
             path = Path(value if equals else arguments[place + 1]) / "config.yaml"
             if not path.is_file():
                 raise UserError(f"--resume needs the run folder of a comparison, but there is no {path}")
+            check_comparison(path.parent)
             return path
     return None
+
+
+def check_comparison(folder: Path) -> None:
+    """Refuse the run folder of another command.
+
+    Raises:
+        UserError: It says that another command made it.
+    """
+    path = folder / "command.txt"
+    words = shlex.split(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if words[:1] == ["prunegym"] and words[1:2] != ["compare"]:
+        raise UserError(
+            f"only a comparison can go on in its folder, but {folder} was made by: {shlex.join(words[:2])}; give the "
+            "folder of a comparison, or another --output"
+        )
 
 
 # ---- what one cell gets ----------------------------------------------------------------------------------------------
 def search_settings(search: SearchSettings, compare: CompareSettings, seed: int, budget: float) -> SearchSettings:
     """Return the settings of one method at one seed and budget; the seed decides images, search and retraining."""
     retraining = replace(search.trim.retraining, updates=compare.retrain_updates, epochs=0.0).without_checks()
-    trim = replace(search.trim, budget=budget, retraining=retraining)
+    trim = replace(search.trim, budget=budget, budget_range=None, retraining=retraining)
     methods = replace(
         search.methods,
         taylor=one_shot(search.methods.taylor, compare.ranking_scope),
@@ -278,7 +306,7 @@ def check_compare(network: nn.Module, example: Tensor, search: SearchSettings, c
     """
     chosen, unit = search.trim.groups, search.trim.budget_unit
     for budget in compare.budgets:
-        check_request(network, example, replace(search.trim, budget=budget))
+        check_request(network, example, replace(search.trim, budget=budget, budget_range=None))
     groups = find_groups(network, example, include=chosen.include, ignore=chosen.ignore)
     model = CostModel(network, groups, example, chosen)
     for name in compare.methods:

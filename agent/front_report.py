@@ -83,7 +83,7 @@ def console_table(front: Front) -> Table:
     """Return the front for the terminal."""
     table = Table(title=Text("Pareto front"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for header in headers(front):
-        table.add_column(header, justify="left" if header == "plan by" else "right", no_wrap=True)
+        table.add_column(header, justify="left" if header == "plan by" else "right")  # many: headers wrap
     for row in table_rows(front):
         table.add_row(*row)
     return table

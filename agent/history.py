@@ -4,6 +4,7 @@ Every searcher, learned or not, counts through the same `Recorder`, so that equa
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,7 +152,8 @@ class History:
 
 
 def _rank(row: Evaluation) -> tuple[float, float, int]:
-    return (-(row.reward or 0.0), row.loss, row.evaluation)
+    reward, loss = row.reward or 0.0, row.loss  # what is not a number ranks last: it compares with nothing
+    return (math.inf if math.isnan(reward) else -reward, math.inf if math.isnan(loss) else loss, row.evaluation)
 
 
 def _key(plans: Sequence[Mapping[str, Sequence[int]]]) -> str:

@@ -259,6 +259,8 @@ class PlannedSearch:
 
     def _score(self, proposals: Sequence[Proposal]) -> None:
         for proposal, info, reward in play(self.workers, proposals):
+            # real steps, as where episodes are learned from; those of the learner are imagined
+            self.callback.num_timesteps = self.planner.walks.groups * (len(self.callback.history.rows) + 1)
             self.callback.record_alone([{**info, "budget": proposal.budget}], reward)
 
 

@@ -191,5 +191,7 @@ class NoiseReport:
         if self.images >= enough:
             spare = "" if self.images < 2 * enough else f"; from {enough:,} on they would do, which is quicker"
             return f"{self.images:,} reward images are enough{spare}"
-        option = "--search.trim.repair.reward_images" if enough <= self.available else "--task.splits.reward"
-        return f"a signal to noise of {ENOUGH:g} needs {enough:,} reward images: {option} {enough}"
+        needed = f"a signal to noise of {ENOUGH:g} needs {enough:,} reward images"
+        if enough <= self.available:
+            return f"{needed}: --search.trim.repair.reward_images {enough}"
+        return f"{needed}: --task.splits.reward {enough}, or a smaller budget, where plans lie further apart"

@@ -1,7 +1,8 @@
 """Accuracy and loss of a network on labelled data, with its modes restored."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +72,13 @@ def evaluate(
         raise UserError(f"metric must be a known name, but got {metric!r}{closest(metric, METRICS)}")
     right, loss, divergence, examples = 0, 0.0, 0.0, 0
     expected = None if original is None else iter(original)
-    for logits, labels in _outputs(network, batches, precision):
-        right += int(right_answers(logits, labels, metric).sum())
-        loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        if expected is not None:
-            divergence += _divergence(next(expected), F.log_softmax(logits.float(), 1))
-        examples += len(labels)
+    with closing(_outputs(network, batches, precision)) as outputs:  # at once, also where something here stops
+        for logits, labels in outputs:
+            right += int(right_answers(logits, labels, metric).sum())
+            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            if expected is not None:
+                divergence += _divergence(next(expected), F.log_softmax(logits.float(), 1))
+            examples += len(labels)
     if not examples:
         raise UserError("scoring needs at least one example, but the split is empty")
     return Score(right / examples, loss / examples, examples, math.nan if expected is None else divergence / examples)
@@ -97,7 +99,7 @@ def log_probabilities(
 
 def _outputs(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield a network's outputs (N, classes) with the labels (N,), in evaluation mode."""
     check_precision(precision)
     with evaluation_mode(network), torch.inference_mode():

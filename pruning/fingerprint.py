@@ -5,6 +5,7 @@ A digest is a SHA-256 in hexadecimal. It depends on values only, never on where 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -59,7 +60,8 @@ def network_digest(network: nn.Module, example: Tensor) -> str:
     made = [int(output.argmax()), f"{float(output.norm()):.2e}"]
     tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
     kind = f"{type(network).__module__}.{type(network).__qualname__}"
-    return digest(kind, repr(network), made, tensors_digest(tensors))
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(network))  # a function or an object that a module shows lies elsewhere
+    return digest(kind, text, made, tensors_digest(tensors))
 
 
 def groups_digest(groups: Sequence[ChannelGroup]) -> str:
@@ -81,7 +83,8 @@ def split_digest(split: Split) -> str:
         batches = list(sample.batches(SAMPLE))
         parts = [tensors_digest([("images", batch.images), ("labels", batch.labels)]) for batch in batches]
         return digest(len(split), parts)
-    return digest(tensors_digest([("images", split.images), ("labels", split.labels)]), split.mean, split.std)
+    scale = [None if each is None else [float(one) for one in each] for each in (split.mean, split.std)]
+    return digest(tensors_digest([("images", split.images), ("labels", split.labels)]), *scale)
 
 
 def versions() -> tuple[str, str]:

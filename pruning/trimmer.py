@@ -153,8 +153,8 @@ class Trimmer:
 
         Args:
             plan: What stays of `subject`, in its numbering.
-            subject: What is cut; the pristine network by default. A network that was neither cut nor trained by this
-                trimmer is scored without the store.
+            subject: What is cut; the pristine network by default. A network that was neither cut nor trained by a
+                trimmer of this task is scored without the store.
             retraining: Training after the repair; none by default.
             seed: Of that training.
         """
@@ -208,7 +208,7 @@ class Trimmer:
             state = slice_state(state, subject.groups, plan, subject.network)
         done = None
         plan = plan.completed(subject.groups)
-        lineage = longer(subject.lineage, cut_digest(plan))
+        lineage = longer(subject.lineage, cut_digest(plan, self.settings))
         if retraining is not None and trains(retraining):
             done = self._retrain(network, retraining, seed, state, progress)
             state = done.state

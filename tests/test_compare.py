@@ -12,7 +12,8 @@ from prunegym.agent import compare_jobs
 from prunegym.agent.cli import load_task, main
 from prunegym.agent.compare import Comparison, Pair, compare
 from prunegym.agent.compare_cell import Cell, Found, Ground
-from prunegym.agent.compare_pictures import mean_course, write_pictures
+from prunegym.agent.compare_folder import begin
+from prunegym.agent.compare_pictures import mean_course, pareto, write_pictures
 from prunegym.agent.compare_report import markdown, pair_rows, reading, table_rows
 from prunegym.agent.compare_run import best_so_far, run_agent, run_cell, winner
 from prunegym.agent.compare_settings import (
@@ -274,6 +275,28 @@ def test_a_folder_of_other_settings_is_refused(whole: Path, capsys: pytest.Captu
     assert "--resume needs the run folder of a comparison" in capsys.readouterr().err
 
 
+def test_the_folder_of_another_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "command.txt").write_text("prunegym search quickstart\n")
+    for words in (["--resume", str(tmp_path)], ["tiny.yaml", "--output", str(tmp_path)]):
+        assert main(["compare", *words]) == 2
+        assert "was made by: prunegym search; give the folder of a comparison" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["command.txt", "config.yaml"]
+
+
+def test_what_is_added_to_a_resumed_comparison_is_kept(config: CompareConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = begin(replace(config, output=str(folder)), ["prunegym", "compare", "tiny.yaml", "--jobs", "2"])
+    assert first.command == ("prunegym", "compare", "tiny.yaml", "--jobs", "2")
+    for words in (["--resume", str(folder), "--threads", "1"], [f"--resume={folder}", "--threads", "1"]):
+        again = begin(replace(config, resume=str(folder)), ["prunegym", "compare", *words])
+        assert again.command == (*first.command, "--threads", "1")
+    plain = begin(replace(config, resume=str(folder)), ["prunegym", "compare", "--resume", str(folder)])
+    assert plain.command == first.command
+    typed = ["prunegym", "compare", "tiny.yaml", "--resume", str(folder)]
+    assert begin(replace(config, resume=str(folder)), typed).command == tuple(typed)
+
+
 def test_a_torn_cell_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "agent-seed0.json"
     path.write_text('{"method": "agent", "fou')
@@ -298,6 +321,9 @@ def test_a_digest_knows_what_decides_a_cell(config: CompareConfig) -> None:
         (["--compare.methods", "[random_serch]"], "did you mean 'random_search'"),
         (["--compare.seeds", "[1, 2, 1]"], "seeds must differ from each other, but got 1 twice"),
         (["--compare.budgets", "[]"], "budgets must hold at least one"),
+        (["--compare.budgets", "[0.3, 0.30000001]"], "budgets must differ within six digits"),
+        (["--compare.resamples", "1"], "resamples must be at least 100, but got 1"),
+        (["--compare.evaluations", "2", "--search.trim.rounds", "3"], "must hold one episode, search.trim.rounds"),
         (["--compare.budgets", "[1.5]"], "budgets must be in (0, 1], but got 1.5"),
         (["--compare.budgets", "[0.3, 0.0001]"], "0.0001"),
         (["--compare.ranking_scope", "globl"], "scope must be a known name, but got 'globl'; did you mean 'global'"),
@@ -326,6 +352,12 @@ def test_apoz_without_a_relu_is_refused_up_front(config: CompareConfig) -> None:
         check_compare(network, torch.zeros(1, 1, 8, 8), config.search, config.compare)
     without = replace(config.compare, methods=("agent", "uniform", "l1"))
     check_compare(network, torch.zeros(1, 1, 8, 8), config.search, without)
+
+
+def test_a_range_of_the_search_gives_way_to_the_budgets_compared(config: CompareConfig) -> None:
+    trim = replace(config.search.trim, budget=None, budget_range=(0.7, 0.9))
+    found = search_settings(replace(config.search, trim=trim), config.compare, 0, 0.4).trim
+    assert (found.budget, found.budget_range) == (0.4, None)
 
 
 @pytest.mark.parametrize("name", shipped_configs("compare"))
@@ -428,6 +460,37 @@ def test_the_table_holds_means_and_deviations() -> None:
     )  # fmt: skip
     assert rows["APoZ"][4:7] == ("25.0 %", "40.0 % *", "–")
     assert rows["original"][1:6] == ("90.00", "90.00", "89.00", "100 %", "100 %")
+
+
+def test_methods_above_the_budget_are_told_apart_from_those_below() -> None:
+    one = made()
+    cells = tuple(
+        replace(cell, found=(replace(cell.found[0], kept=0.52, within=False),)) if cell.method == "agent" else cell
+        for cell in one.cells
+    )
+    lines = reading(replace(one, cells=cells))
+    assert any("cost kept by agent (52.0 %) lies above the budget" in line for line in lines)
+    assert any("cost kept by APoZ (49.0 %) lies below the tolerance" in line for line in lines)
+
+
+def test_the_pool_costs_what_its_members_cost() -> None:
+    one = made()
+    pools = tuple(replace(cell, method="pool", evaluations=0, seconds=0.5) for cell in one.cells_of("apoz"))
+    config = replace(one.config, compare=replace(one.config.compare, pool=True))
+    test = {**one.test, **{("pool", cell.seed, 0.5): 0.8 for cell in pools}}
+    pooled = replace(one, config=config, cells=(*one.cells, *pools), test=test)
+    rows = {each[0]: each for each in table_rows(pooled, 0.5)}
+    assert rows["pool with a floor"][6:8] == ("20", "4.5")  # the agent's 20; 2 s each of agent and APoZ, and the choice
+
+
+def test_points_stand_at_the_cost_that_was_compared() -> None:
+    one = made()
+    search = replace(one.config.search, trim=replace(one.config.search.trim, budget_unit="params"))
+    axes = pareto(replace(one, config=replace(one.config, search=search))).axes[0]
+    assert axes.get_xlabel() == "parameters kept, % of the original"
+    places = [line.get_xdata()[0] for line in axes.get_lines()[1:] if len(line.get_xdata()) == 1]
+    assert places
+    assert places == pytest.approx([49.0] * len(places), abs=0.3)
 
 
 def test_the_report_says_how_it_was_made(tmp_path: Path) -> None:

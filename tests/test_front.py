@@ -357,6 +357,7 @@ def test_pareto_on_the_command_line(run: Path, agent: TrainedAgent, capsys: pyte
     assert main(["pareto", str(run), *options, "--output", "front"]) == 0
     said = capsys.readouterr().out
     assert "The test split was not read." in said
+    assert "…" not in said  # no figure is cut off
     written = json.loads(Path("front/pareto.json").read_text())
     assert [point["budget"] for point in written["points"]] == [0.12, 0.35]
     assert 1000 < Path("front/pareto.png").stat().st_size < 200_000

@@ -49,6 +49,16 @@ def test_repeated_plans_cost_nothing() -> None:
     assert [row.cached for row in history.rows] == [False, False, True, False, False]
 
 
+def test_a_reward_that_is_no_number_ranks_last() -> None:
+    history = History()
+    recorder = Recorder(history)
+    for channels, reward, loss in ((4, math.nan, 1.0), (5, -3.0, math.nan), (6, -3.0, 2.0), (7, math.nan, 0.5)):
+        recorder.record(ended(channels, loss=loss), reward, done=True)
+    assert history.best is not None
+    assert history.best.evaluation == 3
+    assert [row.evaluation for row in history.ranked()] == [3, 2, 4, 1]
+
+
 def test_rounds_of_a_repeated_episode_cost_nothing() -> None:
     """Plans count as a whole: the same last round after another first one is another schedule."""
     history, spent = History(), []

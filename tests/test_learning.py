@@ -173,7 +173,7 @@ def test_the_agent_finds_a_best_plan_and_chance_does_not(landscape: Any, trimmer
     assert sum(landscape.regret(landscape.value(plan) - uniform) <= REGRET.CLOSE for plan in landscape.scores) == 2
 
     def regrets(histories: list[Any]) -> list[float]:
-        assert all(history.spent == EVALUATIONS for history in histories)
+        assert all(history.spent <= EVALUATIONS for history in histories)
         return [landscape.regret(REGRET.best_after(history, EVALUATIONS)) for history in histories]
 
     agent = regrets([REGRET.agent_search(LearnerSettings(), trimmer, EVALUATIONS, seed) for seed in range(5)])

@@ -194,7 +194,7 @@ def test_how_many_images_are_enough() -> None:
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        (made(0.02), "needs 1,600 reward images: --task.splits.reward 1600"),
+        (made(0.02), "needs 1,600 reward images: --task.splits.reward 1600, or a smaller budget"),
         (made(0.02, available=5000), "needs 1,600 reward images: --search.trim.repair.reward_images 1600"),
         (made(0.05), "400 reward images are enough"),
         (made(0.08), "from 100 on they would do"),
@@ -327,6 +327,16 @@ def test_the_command_prints_table_and_advice(run: Callable[..., str], monkeypatc
     assert f"300 reward images measure to {present[1]} points" in printed
     assert "two plans at 0.2 of the params" in printed
     assert "reward images are enough" in printed
+
+
+def test_a_range_is_measured_in_its_middle_as_before_a_search(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunegym.agent.cli.load_task", lambda *_, **__: default_task())
+    levels = ["--search.trim.budget_range", "[0.1,0.4]", "--search.trim.budget_levels", "3"]  # 0.1, 0.2, 0.4
+    printed = run("quickstart", "--search.trim.budget", "null", *levels)
+    assert "two plans at 0.2 of the params" in printed
+    assert "has no budget" not in printed
 
 
 def test_the_command_names_the_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from prunegym.agent.rows import Evaluation
 from prunegym.agent.settings import ImaginationSettings, LearnerSettings, SearchSettings
 from prunegym.envs import RewardSettings, TrimEnv, TrimSettings
 from prunegym.pruning import Evaluated, PruningTask, Score, Trimmer, UserError, solve_counts
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 from toys import images, make
@@ -315,6 +316,13 @@ def test_it_plans_where_it_can_and_else_learns_step_by_step(
     history, _ = searched(two, settings, 6, learner=agent)
     assert ways == ["PlannedSearch" if able else "StepwiseSearch"]
     assert len(history.rows) >= 6
+
+
+def test_its_log_counts_the_steps_of_scored_episodes(six: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump, steps = Logger.dump, []
+    monkeypatch.setattr(Logger, "dump", lambda self, step=0: (steps.append(step), dump(self, step))[1])
+    history, _ = searched(six, RANGE, 14)
+    assert steps == [6 * number for number in range(1, len(history.rows) + 1)]
 
 
 # ---- an end in between -----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from prunegym.agent.cli import main
 from prunegym.agent.history import History
 from prunegym.agent.learner import FallingNoise
 from prunegym.agent.resume import EpisodeBorders
-from prunegym.pruning import Trimmer
+from prunegym.pruning import Trimmer, UserError
 from prunegym.pruning.splits import SealedSplit
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -174,6 +174,17 @@ def test_a_learner_goes_on_in_a_fresh_process(case: str, continued: Path) -> Non
     found = pickle.loads((continued / str(list(CASES).index(case)) / "end").read_bytes())
     np.testing.assert_equal(found, expected)
     assert whole._n_updates > 0
+
+
+def test_an_episode_may_begin_with_other_last_digits_but_not_otherwise() -> None:
+    learner = make("PPO")
+    learner.learn(4 * STEPS)
+    state = capture(learner)
+    state["last"]["_last_obs"] += 1e-5  # as other threads, or a GPU, make of the same data
+    restore(make("PPO"), state)
+    state["last"]["_last_obs"] += 0.01
+    with pytest.raises(UserError, match="its environment begins its episode otherwise; bring them back"):
+        restore(make("PPO"), state)
 
 
 # ---- a search is killed and goes on ----------------------------------------------------------------------------------

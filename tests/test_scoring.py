@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from prunegym.pruning import (
 )
 from prunegym.pruning.cost import count_cost
 from prunegym.pruning.evaluation import log_probabilities
+from prunegym.pruning.fingerprint import split_digest
 from prunegym.pruning.precision import takes_channels_last
 from prunegym.pruning.splits import TensorSplit
 from torch import Tensor, nn
@@ -80,6 +82,16 @@ def test_only_the_original_agrees_with_itself(precision: str) -> None:
     assert math.isnan(trimmer.score_selection(trimmer.task.network).divergence)
 
 
+def test_an_error_gives_network_and_modes_back_at_once() -> None:
+    network = make(ToyConv).train()
+    found = None
+    try:
+        evaluate(network, [(images((2, 8, 8), 6), torch.full((6,), 7))])  # there is no class 7
+    except IndexError:  # whose frames are alive here
+        found = network.training, torch.is_inference_mode_enabled()
+    assert found == (True, False)
+
+
 def test_scores_that_do_not_know_a_number_can_still_be_equal() -> None:
     one = Score(0.5, 1.0, 4)
     same = pickle.loads(pickle.dumps(one))  # whose nan is another object
@@ -107,6 +119,16 @@ def test_a_network_that_refuses_a_layout_is_scored_in_its_own() -> None:
     expected = evaluate(network, trimmer.task.reward.batches(48))
     assert trimmer.baseline.accuracy == expected.accuracy
     assert trimmer.baseline.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_a_network_may_refuse_a_layout_in_its_own_way() -> None:
+    def picky(module: Any, x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            raise ValueError("rows first")
+        return module.fc(x.flatten(1))
+
+    network: Any = Wired(picky, fc=nn.Linear(2 * 64, 3)).eval()
+    assert not takes_channels_last(network, images((2, 8, 8), 1))
 
 
 def test_images_lie_channels_last_and_the_network_as_before() -> None:
@@ -253,6 +275,20 @@ def test_a_score_answers_for_nothing_else(change: str) -> None:
     assert len(store) == 2
 
 
+class Showing(ToyConv):
+    """Names an object of its own in its text, as some networks do with functions."""
+
+    def extra_repr(self) -> str:
+        self.shown = object()
+        return repr(self.shown)
+
+
+def test_where_an_object_lies_in_memory_is_of_no_account() -> None:
+    networks = make(Showing), make(Showing)
+    assert len({repr(network) for network in networks}) == 2
+    assert len({trimmer_of(network).fingerprint for network in networks}) == 1
+
+
 def test_a_criterion_chooses_plans_and_scores_none() -> None:
     store, plan = Store(), PruningPlan(CUT[ToyConv])
     trimmer_of(make(ToyConv), store, criterion="l1").evaluate(plan)
@@ -293,6 +329,24 @@ def test_a_later_round_answers_for_its_whole_history() -> None:
     cut = trimmer.trim(PruningPlan({"conv1": [0, 1, 3]}))
     trained = trimmer.retrain(cut, TRAINING, seed=1)  # in two calls what `chain` does in one
     assert trimmer.evaluate(plan, trimmer.examine_trimmed(trained)).cached
+
+
+def test_a_later_round_answers_for_the_repair_of_the_earlier_ones() -> None:
+    first, plan, store = PruningPlan({"conv1": [0, 1, 3]}), PruningPlan({"conv2": [1, 2, 5]}), Store()
+    trimmer = trimmer_of(make(ToyConv), store)
+    other = trimmer.with_settings(replace(trimmer.settings, compensation="fold_mean"))
+    assert not other.evaluate(plan, other.examine_trimmed(other.trim(first))).cached
+    assert not other.evaluate(plan, other.examine_trimmed(trimmer.trim(first))).cached
+    assert other.evaluate(plan, other.examine_trimmed(trimmer.trim(first))).cached
+
+
+def test_means_are_numbers_whatever_holds_them() -> None:
+    pixels = (255 * torch.rand(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    labels, mean, std = torch.arange(6) % 3, [0.5, 0.25], [0.5, 1.0]
+    kinds = (list, torch.tensor, lambda each: np.array(each, np.float32))
+    splits = [TensorSplit(pixels, labels, name="toy", mean=kind(mean), std=kind(std)) for kind in kinds]
+    assert len({split_digest(split) for split in splits}) == 1
+    assert split_digest(TensorSplit(pixels, labels, name="toy", mean=std, std=std)) != split_digest(splits[0])
 
 
 def test_a_network_of_unknown_history_is_not_looked_up() -> None:
