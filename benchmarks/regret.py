@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from landscape import BUDGET, TRIM, UNIT, Landscape, TableTrimmer, landscape_task, table_environment
+from landscape import BUDGET, TRIM, Landscape, TableTrimmer, landscape_task, table_environment
 from prunegym.agent.controls import run_control
 from prunegym.agent.history import History
 from prunegym.agent.learning import learn
@@ -139,7 +139,7 @@ def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:
             "# What a search misses of the best plan",
             "",
             f"A landscape that is known completely: a ResNet of eight layers (widths 8, 12, 16) on 8x8 digits, "
-            f"{len(landscape.best)} groups, multiples of two channels, {BUDGET:.0%} of the {UNIT}: "
+            f"{len(landscape.best)} groups, multiples of two channels, {BUDGET:.0%} of the MACs: "
             f"{len(landscape.scores):,} plans, each cut, repaired by least squares and scored on {best.examples} "
             "images. "
             "A plan's value is accuracy (a share) less loss (nats). *Regret*: (value of the best plan that actions can "
@@ -174,6 +174,11 @@ def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:
             "Evaluations are distinct plans; the uniform plan, to which rewards are relative, is known to all. An "
             "agent is run anew for each number of them, the other searches once.",
             "",
+            *(
+                ["Where fewer seeds are named, or none, the rest is not measured yet; the same command goes on.", ""]
+                if any(len(each) < len(seeds) for each in regrets.values())
+                else []
+            ),
             f"Seconds of processor time of one search of {last}, mean, one thread, scores looked up: "
             f"{', '.join(seconds)}.",
             "",
@@ -188,7 +193,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds, from 0")
     parser.add_argument("--lines", default="runs/regret.jsonl", help="where figures go as they come, and are kept")
-    parser.add_argument("--searches", nargs="+", default=[*AGENTS, *CONTROL_NAMES], help="only these, by label")
+    parser.add_argument(
+        "--searches", nargs="*", default=[*AGENTS, *CONTROL_NAMES], help="only these, by label; none = page only"
+    )
     parser.add_argument("--table", help="Markdown file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
