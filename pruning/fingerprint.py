@@ -18,7 +18,7 @@ from .groups import ChannelGroup
 from .splits import Split, TensorSplit
 from .tracing import evaluation_mode
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same inputs would be scored in another way."""
 
 SAMPLE = 64

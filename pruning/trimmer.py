@@ -23,6 +23,7 @@ from .data import Split, TensorSplit
 from .errors import UserError
 from .evaluation import Score, evaluate, log_probabilities
 from .fingerprint import FORMAT, digest, groups_digest, network_digest, split_digest, versions
+from .folding import Pair, foldable, folded
 from .grouping import find_groups
 from .groups import ChannelGroup, shrink_groups
 from .lineage import CHECKED, TRAINED, cut_digest, longer, training_digest, trains
@@ -281,7 +282,7 @@ class Trimmer:
     def score(self, network: nn.Module) -> Score:
         """Score a network on the reward images."""
         return evaluate(
-            network,
+            self._read_only(network),
             self._batches(self.reward),
             self.task.metric,
             precision=self.settings.precision,
@@ -336,8 +337,19 @@ class Trimmer:
     @cached_property
     def _original(self) -> tuple[Tensor, ...]:
         """The original's log-probabilities (N, classes) for each batch of reward images."""
-        batches = self._batches(self.reward)
-        return log_probabilities(self.task.network, batches, precision=self.settings.precision)
+        network, batches = self._read_only(self.task.network), self._batches(self.reward)
+        return log_probabilities(network, batches, precision=self.settings.precision)
+
+    def _read_only(self, network: nn.Module) -> nn.Module:
+        """Return what is run for a score: in bfloat16, which rounds anyway, a copy without the batch norms."""
+        return folded(network, self._foldable) if self._foldable else network
+
+    @cached_property
+    def _foldable(self) -> tuple[Pair, ...]:
+        """What `_read_only` folds."""
+        if self.settings.precision != "bfloat16":
+            return ()
+        return foldable(self.task.network, self.task.example)
 
     @cached_property
     def _foretold(self) -> bool:
