@@ -3,14 +3,13 @@
 A run folder holds a file for each finished cell, so that an interrupted comparison goes on where it stopped.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..pruning.artifact import weight_bytes, write_atomically
+from ..pruning.artifact import weights_digest, write_atomically
 from ..pruning.checks import check_kind
 from ..pruning.cost import Cost, count_cost
 from ..pruning.errors import UserError
@@ -105,7 +104,7 @@ def compare(task: PruningTask, config: CompareConfig, folder: Path, progress: Pr
     progress = progress or Progress()
     ground = Ground(task, config.search, config.compare, folder)
     check_compare(task.network, task.example, config.search, config.compare)
-    weights = hashlib.sha256(weight_bytes(task.network)).hexdigest()
+    weights = weights_digest(task.network)
     digests = {
         (method, seed): cell_digest(config, method, seed, weights)
         for method in config.compare.rows

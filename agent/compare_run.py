@@ -16,7 +16,7 @@ from ..pruning.artifact import save_pruned
 from ..pruning.errors import UserError
 from ..pruning.heuristics import Goal, uniform
 from ..pruning.plan import PruningPlan
-from ..pruning.schedule import Built, Round, Schedule, build
+from ..pruning.schedule import Built, Schedule, build
 from ..pruning.score_cache import ScoreCache
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
@@ -28,6 +28,7 @@ from .history import Evaluation, History
 from .learner import imagines
 from .learning import learn
 from .methods import METHODS, Request
+from .pool import Plans, judge, schedule_of
 from .progress import Progress
 from .randomness import derive_seed, random_state_kept
 from .settings import SearchSettings
@@ -219,9 +220,8 @@ def _pool_cell(ground: Ground, seed: int, digest: str, others: Mapping[str, Cell
             if feeds_pool(name) and before is not None:
                 scored.append((before, name, None))
         for plans in others[AGENT].at(budget).candidates[1:] if AGENT in others else ():
-            schedule = _schedule(trimmer, settings, plans, AGENT)
-            bare = build(trimmer, _cut_only(schedule), verify=False)
-            scored.append((trimmer.score_selection(bare.network).accuracy, AGENT, schedule))
+            judged = judge(trimmer, settings.trim, _plans(plans), AGENT)
+            scored.append((judged.selection.accuracy, AGENT, _schedule(trimmer, settings, plans, AGENT)))
         _, name, chosen = max(scored, key=lambda entry: entry[0])
         if chosen is None:
             shutil.copytree(
@@ -237,18 +237,12 @@ def _pool_cell(ground: Ground, seed: int, digest: str, others: Mapping[str, Cell
 
 # ---- one measure for all ---------------------------------------------------------------------------------------------
 def _schedule(trimmer: Trimmer, settings: SearchSettings, plans: Sequence[Mapping[str, Any]], made_by: str) -> Schedule:
-    """Return the schedule of some plans, one a round, with all retraining after the last."""
-    trim = settings.trim
-    updates = [0] * (len(plans) - 1) + [trim.retraining.updates]
-    return Schedule(
-        rounds=tuple(
-            Round(PruningPlan.from_dict(plan), count) for plan, count in zip(plans, updates, strict=True)
-        ),
-        repair=trimmer.settings,
-        retraining=replace(trim.retraining, updates=0),
-        seed=trim.repair.seed,
-        made_by=made_by,
-    )  # fmt: skip
+    """Return the schedule of some plans as they are kept in files; no training is inside the episodes."""
+    return schedule_of(trimmer, settings.trim, _plans(plans), made_by, final=True)
+
+
+def _plans(kept: Sequence[Mapping[str, Any]]) -> Plans:
+    return tuple(PruningPlan.from_dict(plan) for plan in kept)
 
 
 def _cut_only(schedule: Schedule) -> Schedule:

@@ -32,6 +32,7 @@ from .pool import (
     Candidate,
     Plans,
     best_of,
+    best_of_each,
     judge,
     judge_heuristics,
     neighbours,
@@ -243,13 +244,12 @@ def find_front(
     points: list[FrontPoint] = []
     with progress.updates("front", len(levels), "budget") as show:
         for place, budget in enumerate(levels, 1):
-            for one in candidates_at(agent, budget):
-                before = makers.get(one.made_by)
-                makers[one.made_by] = one if before is None else best_of([before, one])
+            new = ((one.made_by, one) for one in candidates_at(agent, budget))
+            makers = best_of_each([*makers.items(), *new])
             taken = best_of(list(makers.values()))
             kept = taken.cost.of(trim.budget_unit) / whole
             schedule = finished(agent, taken, retrain_updates or None)
-            points.append(FrontPoint(budget, taken, kept, dict(makers), schedule, {}))
+            points.append(FrontPoint(budget, taken, kept, makers, schedule, {}))
             show(place)
     if retrain_updates:
         points = _trained(agent, points, retrain_updates, progress)

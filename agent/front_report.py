@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..pruning.artifact import write_atomically
 from .front import DIGITS, Front, FrontPoint
-from .pool import AGENT, LABELS, UNIFORM, Candidate, best_of
+from .pool import AGENT, LABELS, UNIFORM, Candidate, best_of, best_of_each
 from .report import COLOURS, markdown_table
 
 SCHEDULES = "schedules"
@@ -71,10 +71,7 @@ def notes(front: Front) -> list[str]:
 def election(candidates: Sequence[Candidate]) -> str:
     """Say whose plan is taken of some for one budget, and what the best of the others have."""
     best = best_of(candidates)
-    figures: dict[str, Candidate] = {}
-    for one in candidates:
-        before = figures.get(one.label)
-        figures[one.label] = one if before is None else best_of([before, one])
+    figures = best_of_each((one.label, one) for one in candidates)
     told = ", ".join(f"{label} {_percent(one.selection.accuracy)} %" for label, one in figures.items())
     return f"Taken: a plan by {best.label}; the best of each on the selection split, right after the cut: {told}."
 

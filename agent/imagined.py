@@ -21,7 +21,7 @@ NAMES = [feature.name for feature in FEATURES]
 TARGET, PREVIOUS = NAMES.index("target"), NAMES.index("previous_action")
 
 
-def seen_on_the_way(environment: TrimEnv, budget: float | None) -> NDArray[np.float32]:
+def seen_on_the_way(environment: TrimEnv, budget: float) -> NDArray[np.float32]:
     """Return (groups, features) what an agent sees before each group's action, where every previous action is 0.
 
     Under the rule "score" nothing else depends on the actions: widths are decided when all scores are known. No network
@@ -31,7 +31,7 @@ def seen_on_the_way(environment: TrimEnv, budget: float | None) -> NDArray[np.fl
         environment: With the "full" observation, the rule "score" and one round.
         budget: Of the episode.
     """
-    observation, _ = environment.reset(options=None if budget is None else {"budget": budget})
+    observation, _ = environment.reset(options={"budget": budget})
     rows = [observation]
     for _ in environment.trimmer.groups[1:]:
         observation, *_ = environment.step(np.zeros(1, np.float32))

@@ -4,7 +4,7 @@ Two ways: `StepwiseSearch` lets a Stable-Baselines3 algorithm learn from scored 
 practise on imagined ones in between, see `planner`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,9 +182,7 @@ class StepwiseSearch:
         self.standing.keep(self.learner, self.callback, self._noise, stopped_by)
 
     def _move_on(self, spent: float) -> None:
-        set_left(self.learner, spent)
-        if self._noise:
-            self._noise(spent)
+        move_on(self.learner, self._noise, spent)
 
 
 class PlannedSearch:
@@ -220,7 +218,8 @@ class PlannedSearch:
             assert isinstance(made, OnPolicyAlgorithm)  # held by `learner.imagines`
             return made
 
-        self.planner = Planner(settings.imagination, environment, budgets, make, seed)
+        reach = float(np.exp(settings.noise_start))
+        self.planner = Planner(settings.imagination, environment, budgets, reach, make, seed)
         self.learner: OnPolicyAlgorithm = self.planner.learner
         self._noise = noise_setter(self.learner, settings)
         folder = None if log_folder is None else str(log_folder / "learner_1")
@@ -238,10 +237,7 @@ class PlannedSearch:
                 return
             if self.planner.updates:
                 self.standing.keep(self.learner, callback, None, planner=self.planner.state())
-            spent = history.spent / callback.max_evaluations
-            set_left(self.learner, spent)
-            if self._noise:
-                self._noise(spent)
+            move_on(self.learner, self._noise, history.spent / callback.max_evaluations)
             count = min(self.settings.episodes_per_update, callback.max_evaluations - history.spent)
             proposals = self.planner.propose(history, count)
             if proposals:
@@ -306,7 +302,15 @@ def is_finite(learner: BaseAlgorithm) -> bool:
     return all(bool(torch.isfinite(weight).all()) for weight in learner.policy.parameters())
 
 
-def set_left(learner: BaseAlgorithm, spent: float) -> None:
-    """Tell a falling learning rate which share of the search is spent; its steps do not, as repeats cost nothing."""
+def move_on(learner: BaseAlgorithm, set_noise: Callable[[float], None] | None, spent: float) -> None:
+    """Set learning rate and noise for the share of the search that is spent; steps do not tell, as repeats are free.
+
+    Args:
+        learner: Its rate falls, if it is a `LinearFall`.
+        set_noise: From `learner.noise_setter`.
+        spent: In [0, 1].
+    """
+    if set_noise:
+        set_noise(spent)
     if isinstance(learner.learning_rate, LinearFall):
         learner.learning_rate.left = 1.0 - spent

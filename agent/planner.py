@@ -63,6 +63,8 @@ class Planner:
         imagination: How much it practises.
         environment: One round, rule "score", "full" observation; its episodes are never finished here.
         budgets: That episodes are played at; each gets the same number of evaluations.
+        reach: Standard deviation, in actions, up to which half of the proposals stray from what the policy draws.
+            Late in a search its own noise is small: alone it would stay where it first found something good.
         make: Makes the policy-gradient algorithm on imagined episodes: called with these and the number of steps of an
             episode. Its means are set to 0, so that the search begins at the uniform plan.
         seed: Of all that is drawn here.
@@ -73,11 +75,13 @@ class Planner:
         imagination: ImaginationSettings,
         environment: TrimEnv,
         budgets: Sequence[float],
+        reach: float,
         make: Callable[[VecEnv, int], OnPolicyAlgorithm],
         seed: int,
     ) -> None:
         self.environment = environment
         self.budgets = tuple(budgets)
+        self.reach = reach
         self.imagination = imagination
         self.random = np.random.default_rng(seed)
         self.updates = 0
@@ -150,10 +154,10 @@ class Planner:
         return self._order.pop()
 
     def _tried(self, actions: FloatArray) -> FloatArray:
-        if not self.stale:
-            return actions
-        further = STEP_WHEN_STALE * self.stale
-        return np.clip(actions + further * self.random.standard_normal(actions.shape), -1.0, 1.0)
+        """Return the drawn actions, every second one moved by a step of its own size, all of them when stale."""
+        step = np.full(len(actions), STEP_WHEN_STALE * self.stale)
+        step[1::2] += self.random.uniform(0.0, self.reach, len(step[1::2]))
+        return np.clip(actions + step[:, None] * self.random.standard_normal(actions.shape), -1.0, 1.0)
 
     def _proposals(self, actions: FloatArray, budget: float) -> list[Proposal]:
         widths = self.environment.widths_after(actions, np.full(len(actions), budget))

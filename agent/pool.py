@@ -6,7 +6,7 @@ A plan that a heuristic makes in a moment is never left out, so what is taken is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,14 @@ class Candidate:
 def best_of(candidates: Sequence[Candidate]) -> Candidate:
     """Return the best on the selection split; of equals the first."""
     return max(candidates, key=lambda one: one.rank)
+
+
+def best_of_each(candidates: Iterable[tuple[str, Candidate]]) -> dict[str, Candidate]:
+    """Return the best under each name, in the order in which the names came first."""
+    found: dict[str, Candidate] = {}
+    for name, one in candidates:
+        found[name] = best_of([found[name], one]) if name in found else one
+    return found
 
 
 # ---- who makes plans -------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ search misses of the best plan is then known exactly, and a search takes seconds
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -41,7 +40,7 @@ from prunegym.pruning import (
     UserError,
     prepare_task,
 )
-from prunegym.pruning.artifact import weight_bytes
+from prunegym.pruning.artifact import weights_digest
 from prunegym.pruning.budget import solve_each
 from prunegym.pruning.widths import CountArray
 
@@ -212,11 +211,6 @@ def landscape_task() -> PruningTask:
     return prepare_task(TASK, seed=SEED)
 
 
-def weights_digest(task: PruningTask) -> str:
-    """Return what tells whether a network is just that of the table."""
-    return hashlib.sha256(weight_bytes(task.network)).hexdigest()
-
-
 def table_environment(trimmer: TableTrimmer) -> TrimEnv:
     """Return the environment in which the table is played."""
     return TrimEnv(trimmer.task, TRIM, trimmer=trimmer)
@@ -260,7 +254,7 @@ def main() -> int:
     head = {
         "what": "plan (one digit a group: channels / 2) -> right answers, loss (nats, 4 decimals)",
         "network": "ResNet-8, widths 8-12-16",
-        "weights_sha256": weights_digest(task),
+        "weights_sha256": weights_digest(task.network),
         "data": "scikit-learn digits, 8x8",
         "budget": BUDGET,
         "unit": UNIT,

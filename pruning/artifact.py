@@ -163,6 +163,11 @@ def weight_bytes(network: nn.Module) -> bytes:
     return _to_bytes(network.state_dict())
 
 
+def weights_digest(network: nn.Module) -> str:
+    """Return what tells two networks with other weights apart, in hexadecimal."""
+    return hashlib.sha256(weight_bytes(network)).hexdigest()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is either complete or absent."""
     _write_together({path: data})

@@ -1,6 +1,5 @@
 """Architecture files: what a search found, built again from random weights, and used as a network."""
 
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -33,9 +32,9 @@ from prunegym.pruning.narrowing import forget, narrow
 from prunegym.pruning.networks import build_architecture
 from prunegym.pruning.retraining import RetrainSettings
 from torch import nn
+from toys import benchmark
 
 LENET: dict[str, Any] = {"network": "lenet_small", "input_shape": [1, 28, 28], "widths": {"conv1": 3, "fc1": 20}}
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "architecture.py"
 
 
 @pytest.fixture(autouse=True)
@@ -307,16 +306,6 @@ def test_a_missing_file_and_missing_shape() -> None:
 
 
 # ---- the control -----------------------------------------------------------------------------------------------------
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_architecture", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def cells(page: str) -> Mapping[str, list[str]]:
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows}
@@ -325,7 +314,7 @@ def cells(page: str) -> Mapping[str, list[str]]:
 def test_the_control_trains_the_same_architecture_for_each_length(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--task.network=lenet_small", "--task.training.updates=20", "--search.trim.retraining.updates=6"]
     assert main(["prune", "--method", "l1", "quickstart", *tiny, "--budget=0.3", "--output=run"]) == 0
-    module = benchmark()
+    module = benchmark("architecture")
     assert module.main(["run", "quickstart", *tiny, "--seeds", "0", "1", "--double", "--table", "page.md"]) == 0
     table = cells(Path("page.md").read_text())
     params = f"{sum(p.numel() for p in load_pruned('run').parameters()):,}"

@@ -16,16 +16,11 @@ from prunegym.pruning.prepare import TaskSettings
 from prunegym.pruning.splits import SealedSplit
 from prunegym.pruning.trimmer import Trimmer
 from safetensors.torch import load_file, save_file
+from toys import TINY_TASK
 
-TINY = """
-name: tiny
-threads: 1
-task:
-  network: lenet_small
-  data: digits
-  splits: {reward: 200, selection: 100}
-  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
-search:
+TINY = (
+    TINY_TASK
+    + """search:
   max_evaluations: 6
   candidates: 2
   learner: {episodes_per_update: 3, hidden: [8]}
@@ -33,6 +28,7 @@ search:
     budget: 0.3
     retraining: {updates: 5, batch_size: 32, learning_rate: 0.01}
 """
+)
 
 
 @pytest.fixture(autouse=True)

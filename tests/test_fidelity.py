@@ -1,12 +1,10 @@
 """The benchmark of scores: its statistics against hand calculations, its run against what was written before."""
 
-import importlib.util
 import json
 import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,22 +12,10 @@ import torch
 from prunegym.pruning import UserError
 from scipy.stats import kendalltau, spearmanr
 from torch import nn
+from toys import benchmark
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def _loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses, and the other file, look up the module
-    spec.loader.exec_module(module)
-    return module
-
-
-PAGE = _loaded("fidelity_page")
-RUN = _loaded("fidelity")
+PAGE = benchmark("fidelity_page")
+RUN = benchmark("fidelity")
 TRUTHS = (0.80, 0.81, 0.82, 0.83, 0.84, 0.85)
 
 

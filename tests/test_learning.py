@@ -3,49 +3,28 @@
 The table is `benchmarks/landscape.json`: every plan of a small ResNet at a quarter of its MACs, scored once.
 """
 
-import importlib.util
 import itertools
 import json
 import statistics
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from prunegym.agent.settings import LearnerSettings
 from prunegym.envs import TrimEnv
 from prunegym.pruning import PruningPlan, RetrainSettings, Score, Trimmer, UserError, solve_counts
+from prunegym.pruning.artifact import weights_digest
 from scipy.stats import spearmanr
+from toys import benchmark
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def _loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where the other file looks it up
-    spec.loader.exec_module(module)
-    return module
-
-
-LAND = _loaded("landscape")
-REGRET = _loaded("regret")
+LAND = benchmark("landscape")
+REGRET = benchmark("regret")
 EVALUATIONS = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +80,7 @@ def test_scores_are_those_of_the_network(landscape: Any, trimmer: Any) -> None:
         abs(one.accuracy - other.accuracy) <= 0.01 and abs(one.loss - other.loss) <= 0.02
         for one, other in zip(kept, scores, strict=True)
     ]
-    same = LAND.weights_digest(trimmer.task) == json.loads(LAND.TABLE.read_text())["weights_sha256"]
+    same = weights_digest(trimmer.task.network) == json.loads(LAND.TABLE.read_text())["weights_sha256"]
     assert sum(close) >= 18 if same else spearmanr([s.loss for s in kept], [s.loss for s in scores]).statistic > 0.6
 
 

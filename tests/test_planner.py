@@ -1,7 +1,7 @@
 """The planning learner where rewards are known beforehand: a best plan that is given, and spaces of few plans."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,7 @@ QUICK = LearnerSettings(episodes_per_update=6, hidden=[16], imagination=Imaginat
 RANGE = TrimSettings(budget=None, budget_range=(0.3, 0.6), budget_levels=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def deep() -> Any:
@@ -117,12 +112,14 @@ def searched(
     return standing.history, stopped_by
 
 
-def planner_of(trimmer: Trimmer, settings: TrimSettings, learner: LearnerSettings = QUICK, seed: int = 0) -> Planner:
+def planner_of(
+    trimmer: Trimmer, settings: TrimSettings, learner: LearnerSettings = QUICK, seed: int = 0, reach: float = 0.3
+) -> Planner:
     def made(walks: Any, steps: int) -> Any:
         return make_learner(learner, walks, steps_per_episode=steps, seed=seed, log_folder=None, imagined=True)
 
     budgets = settings.budgets or (float(settings.budget or 0),)
-    return Planner(learner.imagination, TrimEnv(settings=settings, trimmer=trimmer), budgets, made, seed)
+    return Planner(learner.imagination, TrimEnv(settings=settings, trimmer=trimmer), budgets, reach, made, seed)
 
 
 def row_of(proposal: Proposal, reward: float | None, number: int = 1, *, repeated: bool = False) -> Evaluation:
@@ -166,6 +163,17 @@ def test_it_starts_at_the_uniform_plan(six: Known) -> None:
     uniform = solve_counts(six.cost_model, np.zeros(6), float(first.budget or 0), "macs")
     assert list(first.widths.values()) == uniform.tolist()
     assert first.reward == 0.0
+
+
+def test_half_of_the_proposals_stray_from_a_policy_whose_noise_has_faded(six: Known) -> None:
+    quiet = replace(QUICK, noise_start=-12.0)
+    for reach in (0.0, 0.3):
+        planner = planner_of(six, TrimSettings(budget=0.4), quiet, reach=reach)
+        drawn = planner._proposals(planner._tried(planner.act(0.4, 200)), 0.4)
+        near, far = (np.std([proposal.actions for proposal in drawn[start::2]]) for start in (0, 1))
+        assert near < 1e-4
+        assert far == pytest.approx(reach / 3**0.5, rel=0.15, abs=1e-4)  # a uniform number's square: a third
+        assert len({proposal.key for proposal in drawn[1::2]}) > (90 if reach else 0)
 
 
 # ---- what is scored --------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from toys import TINY_TASK
 
 STEPS = 4  # of an episode
 
@@ -188,15 +189,9 @@ def test_an_episode_may_begin_with_other_last_digits_but_not_otherwise() -> None
 
 
 # ---- a search is killed and goes on ----------------------------------------------------------------------------------
-CONFIG = """
-name: tiny
-threads: 1
-task:
-  network: lenet_small
-  data: digits
-  splits: {reward: 200, selection: 100}
-  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
-search:
+CONFIG = (
+    TINY_TASK
+    + """search:
   max_evaluations: 40
   candidates: 2
   compare: false
@@ -207,6 +202,7 @@ search:
     budget: 0.3
     retraining: {updates: 5, batch_size: 32, learning_rate: 0.01}
 """
+)
 OTHERS = {
     "ppo": [],
     "ddpg": [

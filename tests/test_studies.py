@@ -1,12 +1,10 @@
 """The benchmarks of transfer and of rounds: their plans against episodes played by hand, their costs counted anew."""
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,8 @@ from prunegym.pruning import PruningPlan, PruningTask, Score, Trimmer, UserError
 from prunegym.pruning.heuristics import uniform
 from prunegym.pruning.schedule import Round, build
 from stable_baselines3 import PPO
+from toys import benchmark
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 CONFIG = """\
 name: tiny
 threads: 1
@@ -50,18 +48,8 @@ BUDGETS = (0.2, 0.3)
 PARAMS = (8 * 25 + 8) + (16 * 8 * 25 + 16) + (64 * 16 * 16 + 64) + (10 * 64 + 10)  # of lenet_small, 8-16-64
 
 
-def _loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
-
-
-TRANSFER = _loaded("transfer")
-ROUNDS = _loaded("rounds")
+TRANSFER = benchmark("transfer")
+ROUNDS = benchmark("rounds")
 
 
 @pytest.fixture(scope="module", autouse=True)

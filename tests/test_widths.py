@@ -26,6 +26,7 @@ from prunegym.pruning.groups import AttributeCut, ChannelGroup
 from prunegym.pruning.networks import build_network
 from safetensors.torch import load_file
 from torch import nn
+from toys import TINY_TASK
 
 
 def group(width: int, *units: int) -> ChannelGroup:
@@ -151,15 +152,9 @@ def test_an_ignored_group_costs_what_it_costs() -> None:
 
 
 # ---- from the command line to the replay -----------------------------------------------------------------------------
-TINY = """
-name: tiny
-threads: 1
-task:
-  network: lenet_small
-  data: digits
-  splits: {reward: 200, selection: 100}
-  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
-search:
+TINY = (
+    TINY_TASK
+    + """search:
   max_evaluations: 4
   candidates: 1
   learner: {episodes_per_update: 2, hidden: [8]}
@@ -170,6 +165,7 @@ search:
     groups: {ignore: ["conv1"], channel_multiple: 8}
     retraining: {updates: 4, batch_size: 32, learning_rate: 0.01}
 """
+)
 
 
 @pytest.mark.parametrize("compensation", ["least_squares", "merge"])

@@ -4,28 +4,12 @@ The smallest network of each family is examined here, within the limit of parame
 `benchmarks/zoo.py` examines all of them by the same code.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 from prunegym.pruning.networks import NETWORKS
 from prunegym.pruning.torchvision_compat import torchvision
+from toys import benchmark
 
-
-def _zoo() -> Any:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "zoo.py"
-    spec = importlib.util.spec_from_file_location("zoo", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["zoo"] = module  # where dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
-
-
-ZOO = _zoo()
+ZOO = benchmark("zoo")
 LARGEST = 135.0  # million parameters: the smallest VGG has 133
 
 # network that is examined -> groups it must have, and the larger networks of the same code

@@ -1,6 +1,10 @@
 """Small networks that carry their own right answers, worked out by hand beside the layers."""
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -108,6 +112,30 @@ class Wired(nn.Module):
 
 
 TOYS: list[Callable[[], Any]] = [ToyConv, ToyMLP, ToyResidual]
+
+
+TINY_TASK = """
+name: tiny
+threads: 1
+task:
+  network: lenet_small
+  data: digits
+  splits: {reward: 200, selection: 100}
+  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
+"""
+"""The beginning of a configuration whose network is trained in a moment."""
+
+
+def benchmark(name: str) -> ModuleType:
+    """Import `benchmarks/<name>.py`, which is no part of the package."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses, and other benchmarks, look up the module
+    spec.loader.exec_module(module)
+    return module
 
 
 def make(toy: Callable[[], Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
