@@ -1,26 +1,18 @@
 """`prunegym …` on the command line. Mistakes of the user are one sentence and exit code 2, without a traceback."""
 
 import dataclasses
-import shutil
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
 
-from ..envs.trim_settings import check_request
 from ..pruning.errors import UserError, closest
 from ..pruning.export import export_pruned
-from ..pruning.prepare import prepare_task
-from ..pruning.schedule import Built, Schedule, build
+from ..pruning.schedule import Built
 from ..pruning.splits import SealedSplitError
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
@@ -28,21 +20,20 @@ from . import prune_report
 from .compare import compare
 from .compare_folder import begin, write_comparison
 from .compare_report import console_tables, reading
-from .compare_settings import CompareConfig, check_compare, read_compare
+from .compare_settings import check_compare, read_compare
 from .configuration import parse, read_config, resolve, shipped_configs, stored_config
 from .finalists import read_test_split
-from .front import TrainedAgent, candidates_at, find_front, finished
-from .front_report import console_table as console_front
-from .front_report import election, notes, write_front
 from .inspection import InspectSettings, inspect_network
 from .learner import find_algorithm
+from .loading import load_task
 from .methods import METHODS, get_method
 from .noise_meter import noise_for
-from .pool import best_of, with_own_budget
+from .pool import with_own_budget
 from .progress import Progress
 from .prune import check_method, prune
 from .prune_options import read_options
 from .randomness import derive_seed
+from .replay import apply_command, pareto_command
 from .report import choice_lines, console_table, latency_lines, note_lines, training_lines, verdict_lines
 from .run_folder import RunFolder, config_text
 from .search import finalist, original, search
@@ -214,132 +205,6 @@ def noise_command(arguments: list[str]) -> int:
     return 0
 
 
-def apply_command(arguments: list[str]) -> int:
-    """`prunegym apply RUN [--schedule FILE | --budget SHARE] [--output FOLDER]`."""
-    parser = _replay_parser("apply", "Rebuild a network from a schedule, or build one for another budget.")
-    parser.add_argument("--schedule", type=str, default=None, help="another schedule than the run's schedule.json")
-    parser.add_argument("--budget", type=float, default=None, help="share of the cost to keep, in (0, 1]")
-    options = parse(parser, arguments)
-    if options.schedule is not None and options.budget is not None:
-        raise UserError("a schedule says what it keeps, but got --schedule and --budget; give one of them")
-    progress = Progress(enabled=True)
-    source, config, text = _reopened(options)
-    if options.budget is not None:
-        _check_agent(source, [options.budget])
-    schedule = Schedule.load(options.schedule or source.path / "schedule.json")
-    task = load_task(config, progress, source.started_in)
-    if options.budget is None:
-        trimmer = Trimmer(task, schedule.repair, config.search.trim.groups)
-    else:
-        trimmer = Trimmer(task, config.search.trim.repair, config.search.trim.groups)
-        schedule = _for_budget(TrainedAgent.load(source, trimmer, config.search), options.budget, progress)
-    if not {name for entry in schedule.rounds for name in entry.plan} <= {group.name for group in trimmer.groups}:
-        trimmer = Trimmer(task, schedule.repair)  # edited to cut what the run left whole: the schedule decides
-    schedule.plan.completed(trimmer.groups)
-    run = RunFolder.create(options.output) if options.output else RunFolder.next_free("apply")
-    try:
-        command = ["prunegym", "apply", *arguments]
-        run.write_start(text, command, {"root": config.search.seed}, started_in=source.started_in)
-        with progress.updates("rebuild", max(1, schedule.retrain_updates)) as show:
-            built = build(trimmer, schedule, progress=show)
-    except (Exception, KeyboardInterrupt):
-        run.discard()
-        raise
-    if source.base:
-        shutil.copyfile(source.base, run.path / source.base.name)
-    run.write_built(task, built, budget=options.budget, budget_unit=config.search.trim.budget_unit)
-    whole = trimmer.cost_model.full
-    selection = trimmer.score_selection(built.network)
-    progress.say(
-        f"{built.cost.params:,} parameters ({whole.params / built.cost.params:.2f}× fewer), {built.cost.macs:,} MACs "
-        f"({whole.macs / built.cost.macs:.2f}× fewer); selection accuracy {100 * selection.accuracy:.2f} % "
-        f"(original {100 * trimmer.score_selection(task.network).accuracy:.2f} %); "
-        f"{built.updates_taken:,} retraining updates{_asked(built)}; written to {run.path}"
-    )
-    return 0
-
-
-def pareto_command(arguments: list[str]) -> int:
-    """`prunegym pareto RUN [--budgets SHARE ...] [--retrain_updates N] [--output FOLDER]`."""
-    parser = _replay_parser("pareto", "The best plan for each budget, of the agent's and the heuristics'.")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[], help="shares to keep; the run's by default")
-    parser.add_argument("--retrain_updates", type=int, default=0, help="train the best and the uniform plans, too")
-    options = parse(parser, arguments)
-    if options.retrain_updates < 0:
-        raise UserError(f"retrain_updates must be at least 0, but got {options.retrain_updates}")
-    progress = Progress(enabled=True)
-    source, config, text = _reopened(options)
-    _check_agent(source, options.budgets)
-    task = load_task(config, progress, source.started_in)
-    agent = TrainedAgent.load(
-        source, Trimmer(task, config.search.trim.repair, config.search.trim.groups), config.search
-    )
-    run = RunFolder.create(options.output) if options.output else RunFolder.next_free("pareto")
-    try:
-        command = ["prunegym", "pareto", *arguments]
-        run.write_start(text, command, {"root": config.search.seed}, started_in=source.started_in)
-        front = find_front(agent, options.budgets, retrain_updates=options.retrain_updates, progress=progress)
-    except (Exception, KeyboardInterrupt):
-        run.discard()
-        raise
-    write_front(run.path, front, task.name, options.run)
-    console = Console(highlight=False)
-    console.width = max(120, console.width)
-    console.print(console_front(front))
-    for line in [*notes(front), f"\nwritten to {run.path} (pareto.md, pareto.json, pareto.png, schedules/)"]:
-        console.print(line, soft_wrap=True, markup=False)
-    return 0
-
-
-def _replay_parser(command: str, description: str) -> ArgumentParser:
-    """Return the parser of a command that opens the folder of a search again."""
-    parser = ArgumentParser(
-        prog=f"prunegym {command}", exit_on_error=False, allow_abbrev=False, description=description
-    )
-    parser.add_argument("run", type=str, help="run folder of a search")
-    parser.add_argument("--data_root", type=str, default=None, help="folder that holds the data, if it moved")
-    parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; the run's by default")
-    where = f"folder for the result; runs/{command}-<number> by default"
-    parser.add_argument("--output", type=str, default=None, help=where)
-    return parser
-
-
-def _reopened(options: Any) -> tuple[RunFolder, SearchConfig, str]:
-    """Return a run's folder, its configuration with the options of `_replay_parser`, and that as it was written."""
-    source = RunFolder.existing(options.run)
-    config, text = stored_config(source.path / "config.yaml")
-    config = replace(
-        config,
-        data_root=options.data_root or config.data_root,
-        device=options.device or config.device,
-        task=replace(config.task, weights=str(source.base) if source.base else config.task.weights),
-    )
-    return source, resolve(config), text
-
-
-def _check_agent(source: RunFolder, budgets: Sequence[float]) -> None:
-    """Refuse, before anything is loaded, a folder without an agent, and budgets that are none."""
-    source.check_policy()
-    for budget in budgets:
-        if not 0 < budget <= 1:
-            raise UserError(f"budget must be in (0, 1], but got budget={budget}; it is the share to keep")
-
-
-def _for_budget(agent: TrainedAgent, budget: float, progress: Progress) -> Schedule:
-    """Return the schedule of the best plan for a budget, and say whose it is."""
-    if warning := agent.outside(budget):
-        progress.say(warning)
-    candidates = candidates_at(agent, budget)
-    best = best_of(candidates)
-    progress.say(election(candidates))
-    return finished(agent, best)
-
-
-def _asked(built: Built) -> str:
-    asked = built.schedule.retrain_updates
-    return "" if built.updates_taken == asked else f" ({asked:,} asked for)"
-
-
 def export_command(arguments: list[str]) -> int:
     """`prunegym export RUN [--format onnx|torch] [--output FILE]`."""
     parser = ArgumentParser(
@@ -427,32 +292,6 @@ def _resumed(arguments: list[str], progress: Progress) -> tuple[SearchConfig, Ru
     if changed := run.write_resumed(["prunegym", "search", *arguments]):
         progress.say(f"not as when the run was started ({changed}): the last bits of its numbers may differ")
     return config, run, task
-
-
-def load_task(
-    config: SearchConfig | CompareConfig,
-    progress: Progress,
-    folder: Path | None = None,
-    check: Callable[[nn.Module, Tensor], None] | None = None,
-) -> PruningTask:
-    """Load data and network as a resolved configuration says, with its number of threads; train what has no weights.
-
-    Relative paths that the working directory does not have are looked for in `folder`. Before anything is trained,
-    `check` may refuse the network; by default that is what a search would refuse.
-    """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-        threadpool_limits(config.threads, user_api="blas")  # NumPy's own threads
-    training = config.task.training
-    with progress.updates("train network", None if training.epochs else max(1, training.updates)) as show:
-        return prepare_task(
-            config.task,
-            seed=derive_seed(config.search.seed, "task"),
-            device=config.device,
-            progress=show,
-            check=check or (lambda network, example: check_request(network, example, config.search.trim)),
-            folder=folder,
-        )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from ..pruning.artifact import write_atomically
 from .front import DIGITS, Front, FrontPoint
+from .pictures import COLOURS
 from .pool import AGENT, LABELS, UNIFORM, Candidate, best_of, best_of_each
-from .report import COLOURS, markdown_table
+from .report import markdown_table
 
 SCHEDULES = "schedules"
 UNITS = {"macs": "MACs", "params": "parameters"}

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from prunegym.agent.cli import load_task, read_config
+from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import Finalist, read_test_split
 from prunegym.agent.history import Evaluation, History, SearchCallback
 from prunegym.agent.learner import make_learner, noise_setter
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.search import derive_seed
 from prunegym.agent.settings import SearchSettings

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import right_examples
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.run_folder import ARCHITECTURE, RunFolder
 from prunegym.agent.settings import SearchConfig

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.prune import PruneSettings, prune
 from prunegym.agent.report import markdown_table

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from prunegym.agent.cli import load_task, read_config
+from prunegym.agent.configuration import read_config
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.pruning import ChannelGroup, PruningPlan, PruningTask, apply_plan, compensate, find_groups
 from prunegym.pruning.copying import copy_network

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fidelity_page import AGAIN, ITEMS, SCALES, TRUTH, Line, Values, page, picture, study
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.settings import SearchConfig
 from prunegym.envs import TrimSettings

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import right_examples
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.prune import PruneSettings, prune
 from prunegym.agent.settings import SearchConfig

@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import right_examples
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.prune import PruneSettings, prune
 from prunegym.agent.report import markdown_table

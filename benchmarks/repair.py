@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from prunegym.agent.cli import load_task, read_config
+from prunegym.agent.configuration import read_config
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.pruning import COMPENSATIONS, PruningPlan, RepairSettings, Trimmer, apply_plan, compensate
 from prunegym.pruning.artifact import load_pruned, save_pruned

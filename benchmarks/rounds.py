@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import Finalist, read_test_split
 from prunegym.agent.history import History
 from prunegym.agent.intervals import Interval, paired_interval
 from prunegym.agent.learning import learn
+from prunegym.agent.loading import load_task
 from prunegym.agent.pool import AGENT, UNIFORM, Plans, plans_of, schedule_of
 from prunegym.agent.progress import Progress
 from prunegym.agent.randomness import random_state_kept

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prunegym.agent.cli import load_task, read_config
+from prunegym.agent.configuration import read_config
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.pruning import RankingContext, RepairSettings, RetrainSettings, Trimmer, evaluate, measure, retrain
 from prunegym.pruning.copying import copy_network

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from prunegym.agent.cli import load_task, read_config
+from prunegym.agent.configuration import read_config
 from prunegym.agent.learner import make_learner
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.settings import SearchConfig
 from prunegym.agent.workers import make_environments

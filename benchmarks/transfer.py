@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prunegym.agent.cli import load_task
 from prunegym.agent.configuration import read_config, stored_config
 from prunegym.agent.finalists import Finalist, compare_pair, right_examples
 from prunegym.agent.front import TrainedAgent
 from prunegym.agent.history import History
+from prunegym.agent.loading import load_task
 from prunegym.agent.pool import LABELS, heuristics_plans
 from prunegym.agent.progress import Progress
 from prunegym.agent.randomness import random_state_kept

@@ -22,8 +22,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prunegym.agent.cli import load_task, read_config
+from prunegym.agent.configuration import read_config
 from prunegym.agent.finalists import Finalist, Verdict, compare_pair, read_test_split, verdict_sentence
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.settings import TryAndLearnSettings
 from prunegym.agent.try_and_learn import LayerTrial, TryAndLearnResult, try_and_learn

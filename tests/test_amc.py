@@ -19,7 +19,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from numpy.typing import NDArray
 from prunegym.agent import LearnerSettings, SearchSettings, search
 from prunegym.agent.amc import _cheapest
-from prunegym.agent.cli import read_config
+from prunegym.agent.configuration import read_config
 from prunegym.agent.history import Evaluation, History, SearchCallback
 from prunegym.agent.learner import FallingNoise, make_learner, noise_setter
 from prunegym.agent.workers import make_environments

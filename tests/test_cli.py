@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from prunegym.agent.cli import load_task, main, read_config, shipped_configs
+from prunegym.agent.cli import main
+from prunegym.agent.configuration import read_config, shipped_configs
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.pruning import SplitSettings, build_network
 from prunegym.pruning.artifact import load_pruned
@@ -264,7 +266,7 @@ def test_shipped_configurations_are_found_by_name(name: str, monkeypatch: pytest
         seen.append(settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunegym.agent.cli.prepare_task", stop)
+    monkeypatch.setattr("prunegym.agent.loading.prepare_task", stop)
     assert main(["search", name]) == 130
     assert len(seen) == 1
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from prunegym.agent import compare_jobs
-from prunegym.agent.cli import load_task, main
+from prunegym.agent.cli import main
 from prunegym.agent.compare import Comparison, Pair, compare
 from prunegym.agent.compare_cell import Cell, Found, Ground
 from prunegym.agent.compare_folder import begin
@@ -27,6 +27,7 @@ from prunegym.agent.compare_settings import (
 from prunegym.agent.configuration import shipped_configs
 from prunegym.agent.history import History
 from prunegym.agent.intervals import paired_interval
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.rows import Evaluation
 from prunegym.pruning import UserError

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from prunegym.agent import LearnerSettings, SearchResult, SearchSettings, search
-from prunegym.agent.cli import load_task, main
+from prunegym.agent.cli import main
 from prunegym.agent.configuration import resolve, stored_config
 from prunegym.agent.front import TrainedAgent, candidates_at, find_front
 from prunegym.agent.front_report import table_rows
 from prunegym.agent.history import History
+from prunegym.agent.loading import load_task
 from prunegym.agent.pool import best_of, heuristics_plans, judge, own_budget, reshaped, rows_within
 from prunegym.agent.progress import Progress
 from prunegym.agent.report import choice_lines, markdown

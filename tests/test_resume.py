@@ -245,6 +245,7 @@ KILLS: dict[str, tuple[str, Callable[[], None]]] = {
     ),
     "in the final phase": ("ppo", lambda: after(2, Trimmer, "score_selection")),
     "off policy, in two rounds, each episode with a budget drawn": ("ddpg", lambda: after(11, History, "add")),
+    "with two workers": ("workers", lambda: after(7, History, "add")),
 }  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prunegym.agent.cli import load_task, main
+from prunegym.agent.cli import main
 from prunegym.agent.configuration import read_config, stored_config
+from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
 from prunegym.agent.run_folder import RunFolder
 from prunegym.agent.settings import SearchConfig
