@@ -52,7 +52,8 @@ class LearnerSettings:
             None = episodes_per_update.
         learning_rate: At the start; it falls linearly to a tenth.
         noise_start: Log standard deviation of the actions at the start: of a Gaussian policy, or of the noise added to
-            the deterministic actions of DDPG and TD3 once their warm-up is over.
+            the deterministic actions of DDPG and TD3 once their warm-up is over. A learner that plans also lets half of
+            its proposals stray by up to this, all along.
         noise_end: The same when all evaluations are spent; the logarithm falls linearly.
         hidden: Units of each hidden layer of policy and value function.
         imagination: Practice on predicted rewards.

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .copying import copy_network
 from .precision import LAYOUT_TOLERANCE
-from .tracing import evaluation_mode
+from .tracing import evaluation_mode, trace_forward
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -22,24 +22,30 @@ Pair = tuple[str, str]
 def foldable(network: nn.Module, example: Tensor) -> tuple[Pair, ...]:
     """Return the names of all layers that a batch norm directly follows, each with its norm; () where in doubt.
 
-    A pair counts where one call of the layer gives the very tensor that the norm's one call gets, and neither is
-    parametrised, hooked or of a class of its own. Whether something else reads that tensor is tried: with all pairs
-    folded, and statistics that are far from the identity, the outputs have to stay.
+    A pair counts where each of the two runs once, nothing else takes the layer's output, and neither is parametrised,
+    hooked or of a class of its own. It is tried: with all of them folded, and statistics that are far from the
+    identity, the outputs have to stay.
 
     Args:
         network: Comes back as it was.
         example: (1, …) one input; a copy is run.
     """
-    pairs = _followers(network, example)
+    tried = copy_network(network).requires_grad_(True)
+    modules = dict(tried.named_modules())
+    followers = trace_forward(tried, example.clone()).norm_after
+    pairs = tuple((name, norm) for name, norm in followers.items() if _fits(modules[name], modules[norm]))
     if not pairs:
         return ()
-    tried = copy_network(network)
-    _unsettle(tried.get_submodule(norm) for _, norm in pairs)
+    _unsettle(modules[norm] for _, norm in pairs)
     with evaluation_mode(tried), torch.inference_mode():
         expected = tried(example.clone())
-        got = folded(tried, pairs)(example.clone())
+        try:
+            got = folded(tried, pairs)(example.clone())
+        except Exception:  # a network's own code may look at its norms
+            return ()
     limit = LAYOUT_TOLERANCE * float(expected.abs().max())
-    return pairs if float((expected - got).abs().max()) <= limit else ()  # NaN is no proof either
+    same = got.shape == expected.shape and float((expected - got).abs().max()) <= limit  # NaN is no proof either
+    return pairs if same else ()
 
 
 def folded(network: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
@@ -59,32 +65,10 @@ def folded(network: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     return smaller
 
 
-def _followers(network: nn.Module, example: Tensor) -> tuple[Pair, ...]:
-    """Return (layer, norm) wherever the norm's input is the layer's output, by one run."""
-    names = {module: name for name, module in network.named_modules()}
-    plain = [module for module in names if type(module) in LAYERS + NORMS and not _altered(module)]
-    outputs: dict[nn.Module, list[Any]] = {}
-    inputs: dict[nn.Module, list[Any]] = {}
-
-    def seen(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        outputs.setdefault(module, []).append(output)
-        inputs.setdefault(module, []).append(given[0] if len(given) == 1 else None)
-
-    handles = [module.register_forward_hook(seen) for module in plain]
-    try:
-        with evaluation_mode(network), torch.inference_mode():
-            network(example.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = {module for module, given in inputs.items() if len(given) == 1}
-    made_by = {id(outputs[module][0]): module for module in once if type(module) in LAYERS}
-    found = []
-    for norm in sorted((module for module in once if type(module) in NORMS), key=lambda module: names[module]):
-        layer = made_by.get(id(inputs[norm][0]))
-        if layer is not None and norm.running_var is not None:
-            found.append((names[layer], names[norm]))
-    return tuple(found)
+def _fits(layer: Any, norm: Any) -> bool:
+    """Return whether PyTorch can fold this norm, and nothing but its plain forward pass is lost by it."""
+    plain = type(layer) in LAYERS and type(norm) in NORMS and not _altered(layer) and not _altered(norm)
+    return plain and all(tensor is not None for tensor in (norm.running_var, norm.weight, norm.bias))
 
 
 def _altered(module: nn.Module) -> bool:
@@ -99,7 +83,8 @@ def _unsettle(norms: Iterable[Any]) -> None:
             for values, low, high in (
                 (norm.running_mean, 0.2, 0.6),
                 (norm.running_var, 1.5, 2.5),
-                *(((norm.weight, 0.7, 1.3), (norm.bias, 0.1, 0.5)) if norm.affine else ()),
+                (norm.weight, 0.7, 1.3),
+                (norm.bias, 0.1, 0.5),
             ):
                 drawn = torch.rand(values.shape, generator=generator, dtype=torch.float32) * (high - low) + low
                 values.copy_(drawn.to(values))

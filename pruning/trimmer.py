@@ -305,6 +305,7 @@ class Trimmer:
             str(self.task.example.device.type),
             self.task.metric,
             [self.settings.compensation, self.settings.batch_size, self.settings.precision, self._channels_last],
+            self._foldable,
             split_digest(self.calibration) if repair.needs_data else None,
             split_digest(self.recalibration) if self.settings.recalibration_images else None,
             split_digest(self.reward),
@@ -341,7 +342,7 @@ class Trimmer:
         return log_probabilities(network, batches, precision=self.settings.precision)
 
     def _read_only(self, network: nn.Module) -> nn.Module:
-        """Return what is run for a score: in bfloat16, which rounds anyway, a copy without the batch norms."""
+        """Return what is run for a score: in bfloat16, where rounding is accepted, a copy without its batch norms."""
         return folded(network, self._foldable) if self._foldable else network
 
     @cached_property

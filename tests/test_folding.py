@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from prunegym.pruning import find_groups
+from prunegym.pruning import PruningTask, RepairSettings, Trimmer, find_groups
 from prunegym.pruning.folding import foldable, folded
 from prunegym.pruning.networks import build_network
 from prunegym.pruning.plan import PruningPlan
@@ -38,19 +38,26 @@ class Small(nn.Module):
         self.second = nn.BatchNorm2d(4)
         self.fc = nn.Linear(4, 5)
         self.last = nn.BatchNorm1d(5)
+        self.gate = nn.Parameter(torch.zeros(1))
         self.more = more
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.conv(images)
+        if self.more == "changed in place":
+            maps.relu_()
         out = self.norm(maps).relu()
         if self.more == "sum":
             out = out + maps
+        if self.more == "closed gate":
+            out = out + self.gate * maps
         if self.more == "second norm":
             out = out + self.second(maps)
         if self.more == "called twice":
             out = out + self.norm(self.conv(images.flip(3)))
         if self.more == "norm twice":
             out = self.norm(out)
+        if self.more == "looks at its norm":
+            out = out * self.norm.eps
         logits = self.fc(out.mean((2, 3)))
         return self.last(logits) if self.more == "linear" else logits
 
@@ -80,23 +87,95 @@ def test_a_folded_network_computes_the_same_without_its_norms(name: str) -> None
     assert torch.equal(expected, again)  # it is as it was
 
 
-@pytest.mark.parametrize("more", ["sum", "second norm", "called twice", "norm twice"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "sum",
+        "closed gate",
+        "second norm",
+        "called twice",
+        "norm twice",
+        "changed in place",
+        "looks at its norm",
+    ],
+)
 def test_a_layer_that_something_else_reads_is_not_folded(more: str) -> None:
     network = Small(more).eval()  # its norms are still the identity: one run with them would show no difference
     assert foldable(network, torch.randn(1, 3, 8, 8)) == ()
 
 
-def test_a_layer_with_a_hook_or_of_a_class_of_its_own_is_not_folded() -> None:
-    hooked, own = Small(), Small()
-    hooked.norm.register_forward_hook(lambda module, given, output: 2 * output)
+class Same(nn.Conv2d):
+    """A convolution of a class of its own."""
 
-    class Doubled(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
 
-    own.conv = Doubled(3, 4, 3, padding=1, bias=False)
-    for network in (hooked, own):
-        assert foldable(network, torch.randn(1, 3, 8, 8)) == ()
+def hooked() -> nn.Module:
+    network = Small()
+    network.norm.register_forward_hook(lambda module, given, output: None)
+    return network
+
+
+def own_class() -> nn.Module:
+    network = Small()
+    network.conv = Same(3, 4, 3, padding=1, bias=False)
+    return network
+
+
+def parametrised() -> nn.Module:
+    network = Small()
+    nn.utils.parametrizations.weight_norm(network.conv)
+    return network
+
+
+def without_weights() -> nn.Module:
+    network = Small("linear")
+    network.norm = nn.BatchNorm2d(4, affine=False)
+    network.last = nn.BatchNorm1d(5, affine=False)
+    return network
+
+
+def without_statistics() -> nn.Module:
+    network = Small()
+    network.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    return network
+
+
+class Positions(nn.Module):
+    """A linear layer over positions, and a norm of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.norm = nn.Conv2d(3, 4, 1), nn.Linear(64, 7), nn.BatchNorm1d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.fc(self.conv(images).flatten(2))).mean(2)
+
+
+@pytest.mark.parametrize("make", [hooked, own_class, parametrised, without_weights, without_statistics, Positions])
+def test_what_is_not_plain_is_not_folded(make: Callable[[], nn.Module]) -> None:
+    assert foldable(make(), torch.randn(1, 3, 8, 8)) == ()
+
+
+def test_a_frozen_network_in_training_mode_comes_back_as_it_was() -> None:
+    network = Small("linear").requires_grad_(False).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert len(foldable(network, torch.randn(1, 3, 8, 8))) == 2
+    assert network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_trimmer_folds_in_bfloat16_only() -> None:
+    network = build_network("cifar_resnet20", classes=10, seed=0)
+    data = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
+    task = PruningTask(network, train=data, reward=data, selection=data, test=data)
+    scores, norms = {}, {}
+    for precision in ("float32", "bfloat16"):
+        trimmer = Trimmer(task, RepairSettings(precision=precision))
+        read = trimmer._read_only(network)
+        norms[precision] = sum(map(is_norm, read.modules()))
+        scores[precision] = trimmer.score(network)
+    assert norms == {"float32": 21, "bfloat16": 0}
+    assert scores["bfloat16"].loss == pytest.approx(scores["float32"].loss, rel=0.02)
 
 
 def test_pairs_of_the_whole_network_hold_for_what_is_left_of_it() -> None:
