@@ -3,6 +3,7 @@
 Every searcher, learned or not, counts through the same `Recorder`, so that equal evaluations mean the same for all.
 """
 
+import heapq
 import json
 import math
 import time
@@ -93,6 +94,11 @@ class History:
     def best_at(self, budget: float | None) -> Evaluation | None:
         """Return the finished evaluation of highest reward under a budget, or None."""
         return min((row for row in self.finished if row.budget == budget), key=_rank, default=None)
+
+    def leading(self, budget: float, count: int) -> list[Evaluation]:
+        """Return the first finished evaluations under a budget, at most `count`, best first; repeats are left out."""
+        rows = (row for row in self.finished if row.budget == budget and not row.repeated)
+        return heapq.nsmallest(count, rows, key=_rank)
 
     def ranked(self, budget: float | None = None) -> list[Evaluation]:
         """Return finished evaluations, best first, each distinct schedule once.

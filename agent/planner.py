@@ -5,8 +5,9 @@
       +---------------- policy gradient on imagined episodes, paid by the model ----------+
 
 A search may score a few hundred plans; a policy gradient alone needs thousands. The policy is Stable-Baselines3's, sees
-what `TrimEnv` shows, and starts at the uniform plan. Which of its own proposals are scored is decided by draws from the
-model's belief (Thompson sampling): where much is unknown much is tried, where all is known the best is.
+what `TrimEnv` shows, and starts at the uniform plan. Which of its proposals, and of steps away from them and from the
+best plans so far, are scored is decided by draws from the model's belief (Thompson sampling): where much is unknown
+much is tried, where all is known the best is.
 """
 
 import json
@@ -32,6 +33,8 @@ NEVER = 2**31
 """Iterations between two lines of Stable-Baselines3's own log, which here tells of imagined episodes."""
 STALE = 25
 """Updates in a row without a plan that was not scored yet, after which there is nothing left to try."""
+BEST = 5
+"""Scored plans of a budget, those of highest reward, whose neighbours are considered; of other budgets the best one."""
 STEP_WHEN_STALE = 0.1
 """Standard deviation, in actions, that each of them adds to the noise of what is drawn."""
 
@@ -63,8 +66,9 @@ class Planner:
         imagination: How much it practises.
         environment: One round, rule "score", "full" observation; its episodes are never finished here.
         budgets: That episodes are played at; each gets the same number of evaluations.
-        reach: Standard deviation, in actions, up to which half of the proposals stray from what the policy draws.
-            Late in a search its own noise is small: alone it would stay where it first found something good.
+        reach: Standard deviation, in actions, up to which half of the proposals stray from what the policy draws or
+            from the best plans so far. Late in a search the policy's own noise is small: alone it would stay where it
+            first found something good.
         make: Makes the policy-gradient algorithm on imagined episodes: called with these and the number of steps of an
             episode. Its means are set to 0, so that the search begins at the uniform plan.
         seed: Of all that is drawn here.
@@ -87,6 +91,7 @@ class Planner:
         self.updates = 0
         self.stale = 0  # proposals in a row that held nothing new
         self._order: list[float] = []
+        self._proposed: dict[tuple[float, tuple[int, ...]], FloatArray] = {}  # key -> its actions
         self._originals = environment.trimmer.cost_model.widths.astype(np.float64)
         self._rows = {budget: seen_on_the_way(environment, budget) for budget in self.budgets}
         self.model = RewardModel(len(self._originals) + 1)
@@ -104,7 +109,7 @@ class Planner:
         """
         budget = self._next_budget()
         taken = {key_of(row) for row in history.finished}
-        drawn = self._proposals(self._tried(self.act(budget, self.imagination.proposals)), budget)
+        drawn = self._proposals(self._tried(budget, history), budget)
         chosen: list[Proposal] = []
 
         def take(proposal: Proposal) -> bool:
@@ -118,6 +123,7 @@ class Planner:
         for ranking in self._rankings(drawn, count - len(chosen)):
             any(take(drawn[place]) for place in ranking)
         self.stale = 0 if chosen else self.stale + 1
+        self._proposed.update({proposal.key: proposal.actions for proposal in chosen[:count]})
         return chosen[:count]
 
     def own(self, budget: float) -> Proposal:
@@ -153,11 +159,28 @@ class Planner:
             self._order = [float(budget) for budget in self.random.permutation(self.budgets)]
         return self._order.pop()
 
-    def _tried(self, actions: FloatArray) -> FloatArray:
-        """Return the drawn actions, every second one moved by a step of its own size, all of them when stale."""
-        step = np.full(len(actions), STEP_WHEN_STALE * self.stale)
-        step[1::2] += self.random.uniform(0.0, self.reach, len(step[1::2]))
-        return np.clip(actions + step[:, None] * self.random.standard_normal(actions.shape), -1.0, 1.0)
+    def _tried(self, budget: float, history: History) -> FloatArray:
+        """Return (proposals, groups) actions: half as the policy draws them, a quarter with a step away from that, and
+        a quarter with a step from the best plans so far in some of the groups; when stale all with a further step.
+        """
+        actions = self.act(budget, self.imagination.proposals)
+        step = self.random.uniform(0.0, self.reach, (len(actions), 1)) * self.random.standard_normal(actions.shape)
+        step[::2] = 0.0
+        best = self._best(budget, history)
+        if len(best):
+            near = step[1::4]
+            share = self.random.uniform(min(1.0, 1.5 / near.shape[1]), 1.0, (len(near), 1))  # of the groups that move
+            near *= self.random.random(near.shape) < share
+            actions[1::4] = best[self.random.integers(len(best), size=len(near))]
+        step += STEP_WHEN_STALE * self.stale * self.random.standard_normal(actions.shape)
+        return np.clip(actions + step, -1.0, 1.0)
+
+    def _best(self, budget: float, history: History) -> FloatArray:
+        """Return (plans, groups) actions of the best plans at a budget, and of the best one at each other budget."""
+        counts = {level: BEST if level == budget else 1 for level in self.budgets}
+        keys = [key_of(row) for level, count in counts.items() for row in history.leading(level, count)]
+        found = [self._proposed[key] for key in keys if key in self._proposed]
+        return np.stack(found) if found else np.zeros((0, len(self._originals)))
 
     def _proposals(self, actions: FloatArray, budget: float) -> list[Proposal]:
         widths = self.environment.widths_after(actions, np.full(len(actions), budget))
@@ -191,7 +214,13 @@ class Planner:
             "order": self._order,
             "stale": self.stale,
         }
-        return {"plain": json.dumps(plain), "model": self.model.state()}
+        actions = torch.from_numpy(np.array([*self._proposed.values()], dtype=np.float64))
+        budgets = torch.tensor([budget for budget, _ in self._proposed], dtype=torch.float64)
+        return {
+            "plain": json.dumps(plain),
+            "model": self.model.state(),
+            "proposed": {"actions": actions, "budgets": budgets},
+        }
 
     def restore(self, state: dict[str, Any], history: History) -> None:
         """Stand where `state` was taken, with that history; the learner is restored apart from this."""
@@ -199,6 +228,10 @@ class Planner:
         self.random.bit_generator.state = plain["random"]
         self.updates, self._order, self.stale = plain["updates"], plain["order"], plain["stale"]
         self.model.restore(state["model"])
+        actions, budgets = (state["proposed"][name].numpy() for name in ("actions", "budgets"))
+        widths = self.environment.widths_after(actions, budgets) if len(actions) else ()
+        made = (Proposal(*each) for each in zip(actions, widths, budgets.tolist(), strict=True))
+        self._proposed = {proposal.key: proposal.actions for proposal in made}
         self._fit(history)
 
 

@@ -53,7 +53,7 @@ class LearnerSettings:
         learning_rate: At the start; it falls linearly to a tenth.
         noise_start: Log standard deviation of the actions at the start: of a Gaussian policy, or of the noise added to
             the deterministic actions of DDPG and TD3 once their warm-up is over. A learner that plans also lets half of
-            its proposals stray by up to this, all along.
+            its proposals stray by up to this, from the policy and from the best plans, all along.
         noise_end: The same when all evaluations are spent; the logarithm falls linearly.
         hidden: Units of each hidden layer of policy and value function.
         imagination: Practice on predicted rewards.

@@ -166,14 +166,40 @@ def test_it_starts_at_the_uniform_plan(six: Known) -> None:
 
 
 def test_half_of_the_proposals_stray_from_a_policy_whose_noise_has_faded(six: Known) -> None:
-    quiet = replace(QUICK, noise_start=-12.0)
+    quiet = replace(QUICK, noise_start=-12.0, imagination=replace(QUICK.imagination, proposals=200))
     for reach in (0.0, 0.3):
         planner = planner_of(six, TrimSettings(budget=0.4), quiet, reach=reach)
-        drawn = planner._proposals(planner._tried(planner.act(0.4, 200)), 0.4)
+        drawn = planner._proposals(planner._tried(0.4, History()), 0.4)
         near, far = (np.std([proposal.actions for proposal in drawn[start::2]]) for start in (0, 1))
         assert near < 1e-4
         assert far == pytest.approx(reach / 3**0.5, rel=0.15, abs=1e-4)  # a uniform number's square: a third
         assert len({proposal.key for proposal in drawn[1::2]}) > (90 if reach else 0)
+
+
+def test_a_quarter_of_the_proposals_lies_around_the_best_plans_so_far(six: Known) -> None:
+    quiet = replace(QUICK, noise_start=-12.0)
+    planner, history, known = planner_of(six, RANGE, replace(quiet, noise_start=-1.0), reach=1e-9), History(), {}
+    for number, budget in enumerate([level for level in RANGE.budgets for _ in range(8)]):
+        planner._order = [budget]
+        (proposal,) = planner.propose(history, 1)
+        reward = float(np.sin(7 * number))
+        history.add(row_of(proposal, reward, number + 1))
+        known.setdefault(budget, []).append((reward, proposal.actions.tolist()))
+    best = {budget: [actions for _, actions in sorted(tried, reverse=True)] for budget, tried in known.items()}
+    for budget in RANGE.budgets:
+        allowed = [row for level, rows in best.items() for row in rows[: 5 if level == budget else 1]]
+        for one in (planner, restored(planner, six, history)):
+            around = one._tried(budget, history)[1::4]
+            found = {min(range(len(allowed)), key=lambda k: np.abs(row - allowed[k]).max()) for row in around}
+            assert found == set(range(len(allowed)))  # each of them, and
+            assert max(min(np.abs(row - other).max() for other in allowed) for row in around) < 1e-6  # nothing else
+
+
+def restored(planner: Planner, trimmer: Trimmer, history: History) -> Planner:
+    """Return another planner that stands where this one does, as after a checkpoint."""
+    other = planner_of(trimmer, RANGE, reach=planner.reach)
+    other.restore(planner.state(), history)
+    return other
 
 
 # ---- what is scored --------------------------------------------------------------------------------------------------
@@ -392,9 +418,9 @@ def test_a_search_that_found_nothing_new_goes_on_looking_as_far(
     settings, spread = TrimSettings(budget=0.5), []
     tried = Planner._tried
 
-    def recorded(self: Planner, actions: Any) -> Any:
+    def recorded(self: Planner, budget: float, history: History) -> Any:
         spread.append(self.stale)
-        return tried(self, actions)
+        return tried(self, budget, history)
 
     monkeypatch.setattr(Planner, "_tried", recorded)
     expected, _ = searched(two, settings, 200)
