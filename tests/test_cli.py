@@ -18,10 +18,10 @@ from prunegym.pruning.prepare import TaskSettings
 from prunegym.pruning.splits import SealedSplit
 from prunegym.pruning.trimmer import Trimmer
 from safetensors.torch import load_file, save_file
-from toys import TINY_TASK
+from toys import tiny_task
 
 TINY = (
-    TINY_TASK
+    tiny_task()
     + """search:
   max_evaluations: 6
   candidates: 2

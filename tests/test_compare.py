@@ -39,16 +39,11 @@ from prunegym.pruning.surgery import apply_plan
 from prunegym.pruning.task import PruningTask
 from prunegym.pruning.trimmer import Trimmer
 from torch import nn
+from toys import tiny_task
 
-TINY = """
-name: tiny
-threads: 1
-task:
-  network: lenet_small
-  data: digits
-  splits: {reward: 100, selection: 100}
-  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
-search:
+TINY = (
+    tiny_task(reward=100)
+    + """search:
   candidates: 3
   learner: {episodes_per_update: 2, hidden: [8]}
   trim:
@@ -62,6 +57,7 @@ compare:
   retrain_updates: 3
   resamples: 200
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -31,17 +31,12 @@ from prunegym.pruning.retraining import RetrainSettings
 from prunegym.pruning.splits import SealedSplit
 from safetensors.torch import load_file
 from torch import nn
+from toys import tiny_task
 
 LEVELS = (0.1, 0.2, 0.4)
-RANGED = """
-name: tiny
-threads: 1
-task:
-  network: lenet_small
-  data: digits
-  splits: {reward: 200, selection: 100}
-  training: {updates: 60, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
-search:
+RANGED = (
+    tiny_task(updates=60)
+    + """search:
   max_evaluations: 18
   candidates: 2
   compare: false
@@ -54,6 +49,7 @@ search:
     budget_levels: 3
     retraining: {updates: 5, batch_size: 32, learning_rate: 0.01}
 """
+)
 QUICK = SearchSettings(
     trim=TrimSettings(retraining=RetrainSettings(updates=5, batch_size=32, learning_rate=0.01)),
     learner=LearnerSettings(episodes_per_update=4, hidden=[8]),

@@ -43,7 +43,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from toys import TINY_TASK
+from toys import tiny_task
 
 STEPS = 4  # of an episode
 
@@ -190,7 +190,7 @@ def test_an_episode_may_begin_with_other_last_digits_but_not_otherwise() -> None
 
 # ---- a search is killed and goes on ----------------------------------------------------------------------------------
 CONFIG = (
-    TINY_TASK
+    tiny_task()
     + """search:
   max_evaluations: 40
   candidates: 2

@@ -26,7 +26,7 @@ from prunegym.pruning.groups import AttributeCut, ChannelGroup
 from prunegym.pruning.networks import build_network
 from safetensors.torch import load_file
 from torch import nn
-from toys import TINY_TASK
+from toys import tiny_task
 
 
 def group(width: int, *units: int) -> ChannelGroup:
@@ -153,7 +153,7 @@ def test_an_ignored_group_costs_what_it_costs() -> None:
 
 # ---- from the command line to the replay -----------------------------------------------------------------------------
 TINY = (
-    TINY_TASK
+    tiny_task()
     + """search:
   max_evaluations: 4
   candidates: 1

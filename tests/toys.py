@@ -114,16 +114,17 @@ class Wired(nn.Module):
 TOYS: list[Callable[[], Any]] = [ToyConv, ToyMLP, ToyResidual]
 
 
-TINY_TASK = """
+def tiny_task(*, reward: int = 200, updates: int = 30) -> str:
+    """Return the beginning of a configuration whose network is trained in a moment, on `reward` reward images."""
+    return f"""
 name: tiny
 threads: 1
 task:
   network: lenet_small
   data: digits
-  splits: {reward: 200, selection: 100}
-  training: {updates: 30, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}
+  splits: {{reward: {reward}, selection: 100}}
+  training: {{updates: {updates}, batch_size: 64, learning_rate: 0.05, schedule: one_cycle}}
 """
-"""The beginning of a configuration whose network is trained in a moment."""
 
 
 def benchmark(name: str) -> ModuleType:
