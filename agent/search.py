@@ -158,7 +158,7 @@ def _search(
     if settings.trim.budget_range is not None:
         settings = replace(settings, trim=with_own_budget(settings.trim))
     needs = settings.trim.budget is not None and settings.trim.reward.objective == "budget"
-    reference = environment.reference(settings.trim.budget).accuracy if needs else math.nan
+    reference = environment.uniform(settings.trim.budget).score.accuracy if needs else math.nan
     choice = choose(trimmer, settings, history, run_folder, progress, pool=settings.pool)
     schedule = choice.schedule
     if run_folder:

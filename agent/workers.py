@@ -77,7 +77,7 @@ def _prepare(environment: TrimEnv) -> None:
         _ = trimmer.fingerprint
     if Reward(settings.reward).needs_reference:
         for budget in settings.budgets or (settings.budget,):
-            environment.reference(budget)
+            environment.uniform(budget)
 
 
 class _Worker:

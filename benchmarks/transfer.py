@@ -30,7 +30,7 @@ from prunegym.agent.report import markdown_table
 from prunegym.agent.run_folder import RunFolder
 from prunegym.agent.settings import SearchConfig, SearchSettings
 from prunegym.envs import TrimEnv, TrimSettings
-from prunegym.envs.reward import Outcome, Reward
+from prunegym.envs.reward import Measured, Outcome, Reward
 from prunegym.pruning import PruningPlan, PruningTask, Score, Trimmer, UserError
 from prunegym.pruning.schedule import round_training
 from prunegym.pruning.trimmed import Trimmed
@@ -147,7 +147,8 @@ def cell(agent: TrainedAgent, budget: float, options: argparse.Namespace) -> Cel
     trimmer, trim = agent.trimmer, replace(agent.settings.trim, budget=budget)
     plans = {TRANSFERRED: agent.plans(budget)[0][0], **heuristics_plans(trimmer, budget, trim.budget_unit)}
     made = {name: trimmer.trim(plan) for name, plan in plans.items()}
-    made[BY_CHANCE], chances = random_search(trimmer, trim, made["uniform"].score, options.random, options.seed)
+    uniform = Measured(made["uniform"].score, made["uniform"].cost)
+    made[BY_CHANCE], chances = random_search(trimmer, trim, uniform, options.random, options.seed)
     trained: tuple[Finalist, ...] = ()
     cut = tuple(judged(trimmer, name, one) for name, one in made.items())
     if options.retrain_updates:  # trains in place, what was judged above
@@ -163,14 +164,14 @@ def cell(agent: TrainedAgent, budget: float, options: argparse.Namespace) -> Cel
 
 
 def random_search(
-    trimmer: Trimmer, trim: TrimSettings, uniform: Score, count: int, seed: int
+    trimmer: Trimmer, trim: TrimSettings, uniform: Measured, count: int, seed: int
 ) -> tuple[Trimmed, tuple[float, ...]]:
     """Score distinct random plans; returns the one of highest reward, and the selection accuracies of all.
 
     Args:
         trimmer: Of the target.
         trim: With the budget.
-        uniform: Score of the uniform plan, for the reward.
+        uniform: The uniform plan, for the reward.
         count: Plans; fewer only where ten times as many draws hold no more distinct ones.
         seed: Of the actions, which are uniform in [-1, 1].
     """
@@ -187,9 +188,8 @@ def random_search(
         made = trimmer.trim(trimmer.plan(counts))
         accuracies.append(trimmer.score_selection(made.network).accuracy)
         outcome = Outcome(
-            accuracy=made.score.accuracy, baseline=trimmer.baseline.accuracy, reference=uniform.accuracy,
-            loss=made.score.loss, reference_loss=uniform.loss, kept=made.cost.of(trim.budget_unit) / whole,
-            macs=made.cost.macs, divergence=made.score.divergence, reference_divergence=uniform.divergence,
+            plan=Measured(made.score, made.cost), baseline=trimmer.baseline.accuracy,
+            kept=made.cost.of(trim.budget_unit) / whole, uniform=uniform,
         )  # fmt: skip
         paid = (reward.total(reward.terms(outcome)), -made.score.loss)
         if best is None or paid > highest:

@@ -3,9 +3,19 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..pruning.checks import check_types
+from ..pruning.cost import Cost
 from ..pruning.errors import UserError, closest
+from ..pruning.evaluation import Score
+
+
+class Measured(NamedTuple):
+    """How a trimmed network does on the reward images, and what it costs."""
+
+    score: Score
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -13,26 +23,22 @@ class Outcome:
     """What a reward may look at.
 
     Attributes:
-        accuracy: Of the trimmed network on the reward images, in [0, 1].
-        baseline: Of the original network on the same images.
-        reference: Of the uniform plan at the same budget; nan where none is asked for.
-        loss: Cross-entropy on the reward images, in nats.
-        reference_loss: Of the uniform plan.
+        plan: The finished plan's network.
+        baseline: Accuracy of the original network on the same images, in [0, 1].
         kept: Share of the original cost that is left, in (0, 1], in the budget's unit.
-        macs: Multiply-accumulates of one example that are left.
-        divergence: Mean KL(original || trimmed) of the outputs on the reward images, in nats.
-        reference_divergence: Of the uniform plan.
+        uniform: The network of the uniform plan at the same budget; None where no term asks for it.
     """
 
-    accuracy: float
+    plan: Measured
     baseline: float
-    reference: float
-    loss: float
-    reference_loss: float
     kept: float
-    macs: int
-    divergence: float = math.nan
-    reference_divergence: float = math.nan
+    uniform: Measured | None = None
+
+    @property
+    def reference(self) -> Measured:
+        """The uniform plan's network, where there is one."""
+        assert self.uniform is not None, "a term of RELATIVE needs the uniform plan"
+        return self.uniform
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class RewardSettings:
         weights: Weight of each term, replacing the objective's own: "gain_over_uniform" (accuracy, a share),
             "loss_gain" (cross-entropy below the uniform plan's, in nats), "divergence_gain" (mean KL divergence from
             the original's outputs below the uniform plan's, in nats: agreement with the original, for which labels do
-            not count), "psi_phi", "accuracy", "saving";
+            not count), "parameters_gain" (logarithm of the number of parameters over the uniform plan's: of networks
+            with equal MACs the one with more parameters gains more by retraining), "psi_phi", "accuracy", "saving";
             "negative_error" (accuracy - 1) and "error_log_macs" (-(1 - accuracy) · ln MACs) are the rewards of AMC
             (He et al. 2018), the one where a budget is enforced, the other where none is.
     """
@@ -72,24 +79,29 @@ Term = Callable[[Outcome, RewardSettings], float]
 
 
 def _gain(outcome: Outcome, settings: RewardSettings) -> float:
-    return outcome.accuracy - outcome.reference
+    return outcome.plan.score.accuracy - outcome.reference.score.accuracy
 
 
 def _loss_gain(outcome: Outcome, settings: RewardSettings) -> float:
-    return outcome.reference_loss - outcome.loss
+    return outcome.reference.score.loss - outcome.plan.score.loss
 
 
 def _divergence_gain(outcome: Outcome, settings: RewardSettings) -> float:
-    return outcome.reference_divergence - outcome.divergence
+    return outcome.reference.score.divergence - outcome.plan.score.divergence
+
+
+def _parameters_gain(outcome: Outcome, settings: RewardSettings) -> float:
+    return math.log(outcome.plan.cost.params / outcome.reference.cost.params)
 
 
 def _psi_phi(outcome: Outcome, settings: RewardSettings) -> float:
-    psi = (settings.accepted_drop - (outcome.baseline - outcome.accuracy)) / settings.accepted_drop
+    lost = outcome.baseline - outcome.plan.score.accuracy
+    psi = (settings.accepted_drop - lost) / settings.accepted_drop
     return psi * math.log(1.0 / outcome.kept)
 
 
 def _accuracy(outcome: Outcome, settings: RewardSettings) -> float:
-    return outcome.accuracy
+    return outcome.plan.score.accuracy
 
 
 def _saving(outcome: Outcome, settings: RewardSettings) -> float:
@@ -97,17 +109,23 @@ def _saving(outcome: Outcome, settings: RewardSettings) -> float:
 
 
 def _negative_error(outcome: Outcome, settings: RewardSettings) -> float:
-    return outcome.accuracy - 1.0
+    return outcome.plan.score.accuracy - 1.0
 
 
 def _error_log_macs(outcome: Outcome, settings: RewardSettings) -> float:
-    return -(1.0 - outcome.accuracy) * math.log(outcome.macs)
+    return -(1.0 - outcome.plan.score.accuracy) * math.log(outcome.plan.cost.macs)
 
 
-TERMS: dict[str, Term] = {
+RELATIVE: dict[str, Term] = {
     "gain_over_uniform": _gain,
     "loss_gain": _loss_gain,
     "divergence_gain": _divergence_gain,
+    "parameters_gain": _parameters_gain,
+}
+"""Terms beside the uniform plan at the same budget."""
+
+TERMS: dict[str, Term] = {
+    **RELATIVE,
     "psi_phi": _psi_phi,
     "accuracy": _accuracy,
     "saving": _saving,
@@ -131,7 +149,7 @@ class Reward:
     @property
     def needs_reference(self) -> bool:
         """Whether the uniform plan has to be scored."""
-        return bool({"gain_over_uniform", "loss_gain", "divergence_gain"} & set(self.weights))
+        return bool(RELATIVE.keys() & self.weights.keys())
 
     def terms(self, outcome: Outcome) -> dict[str, float]:
         """Return every weighted term by name."""

@@ -25,7 +25,7 @@ from ..pruning.trimmed import Trimmed
 from ..pruning.trimmer import Trimmer
 from ..pruning.widths import GroupSettings
 from .arguments import make_trimmer
-from .reward import Outcome, Reward, RewardSettings
+from .reward import Measured, Outcome, Reward, RewardSettings
 
 LARGEST = 10.0
 """Weights are shown in multiples of their layer's root mean square, up to this many."""
@@ -175,13 +175,9 @@ class SelectFiltersEnv(gym.Env[Observation, NDArray[np.int8]]):
         kept = len(executed) / self._group.width
         terms = self._reward.terms(
             Outcome(
-                accuracy=trimmed.score.accuracy,
+                plan=Measured(trimmed.score, trimmed.cost),
                 baseline=self.trimmer.baseline.accuracy,
-                reference=math.nan,
-                loss=trimmed.score.loss,
-                reference_loss=math.nan,
                 kept=kept,
-                macs=trimmed.cost.macs,
             )
         )
         info = {

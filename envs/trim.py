@@ -1,6 +1,5 @@
 """`prunegym/Trim-v0`: walk over the channel groups of a network and say how much of each to trim."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 
 from ..pruning.checks import check_keys, check_kind
 from ..pruning.errors import UserError
-from ..pruning.evaluation import Score
 from ..pruning.plan import PruningPlan
 from ..pruning.schedule import round_seed, round_training
 from ..pruning.subject import Subject
@@ -22,7 +20,7 @@ from .action import RoundTarget, make_action_rule
 from .arguments import make_trimmer
 from .observation import Progress, make_observation
 from .render import widths_image, widths_text
-from .reward import Outcome, Reward
+from .reward import Measured, Outcome, Reward
 from .trim_settings import TrimSettings, checked_rule
 
 
@@ -78,7 +76,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     0 until the last step of an episode; then the sum of named terms × weights. Objective "budget":
     10 × (accuracy − accuracy of the uniform plan at the same budget, same repair, same retraining). Objective
     "accuracy_floor": ψ · φ with the accepted drop b. `RewardSettings.weights` names other terms, such as
-    "divergence_gain", agreement with the original's outputs beyond the uniform plan's.
+    "divergence_gain", agreement with the original's outputs beyond the uniform plan's, and "parameters_gain".
 
     ## Start, end
     With `TrimSettings.budget_range` each episode draws its budget from that range, by the environment's own random
@@ -127,7 +125,7 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space: gym.spaces.Box = self._observation.space()  # type: ignore[assignment]
         self.action_space: gym.spaces.Box = self._rule.space()  # type: ignore[assignment]
         self._budgets = self.settings.budgets
-        self._references: dict[float | None, Score] = {}
+        self._uniform: dict[float | None, Measured] = {}
         self._budget = self.settings.budget
         self._subject: Subject | None = None
         self._actions: list[float] = []
@@ -219,23 +217,18 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     def _pay(self) -> tuple[float, dict[str, Any]]:
         assert self._score is not None
-        reference = self.reference(self._budget) if self._reward.needs_reference else Score(math.nan, math.nan, 0)
+        uniform = self.uniform(self._budget) if self._reward.needs_reference else None
         outcome = Outcome(
-            accuracy=self._score.score.accuracy,
+            plan=Measured(self._score.score, self._score.cost),
             baseline=self.trimmer.baseline.accuracy,
-            reference=reference.accuracy,
-            loss=self._score.score.loss,
-            reference_loss=reference.loss,
             kept=self._kept(self._score),
-            macs=self._score.cost.macs,
-            divergence=self._score.score.divergence,
-            reference_divergence=reference.divergence,
+            uniform=uniform,
         )
         terms = self._reward.terms(outcome)
         plans = [plan.to_dict() for plan in self._plans]
         report: dict[str, Any] = {"budget": self._budget, "reward_terms": terms, "plans": plans}
-        if self._reward.needs_reference:
-            report["reference_accuracy"] = reference.accuracy
+        if uniform is not None:
+            report["reference_accuracy"] = uniform.score.accuracy
         return self._reward.total(terms), report
 
     def widths_after(self, actions: NDArray[np.float64], budgets: NDArray[np.float64]) -> CountArray:
@@ -247,9 +240,9 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """
         return self._rule.resolve_each(actions, self.trimmer.pristine, budgets, self.settings.budget_unit)
 
-    def reference(self, budget: float | None) -> Score:
-        """Return the score, on the reward images, of uniform rounds to the same budget; scored once per budget."""
-        if budget not in self._references:
+    def uniform(self, budget: float | None) -> Measured:
+        """Return score, on the reward images, and cost of uniform rounds to the budget; measured once per budget."""
+        if budget not in self._uniform:
             rule = make_action_rule("score", self.trimmer.cost_model, score_scale=1.0, largest_trim=0.5)
             rule.check(budget, self.settings.budget_unit)
             subject = self.trimmer.pristine
@@ -259,8 +252,8 @@ class TrimEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
                 scored = self._score_counts(subject, counts, place, last=place + 1 == self.settings.rounds)
                 if isinstance(scored, Trimmed):
                     subject = self.trimmer.examine_trimmed(scored)
-            self._references[budget] = scored.score
-        return self._references[budget]
+            self._uniform[budget] = Measured(scored.score, scored.cost)
+        return self._uniform[budget]
 
     def _score_counts(
         self, subject: Subject, counts: NDArray[np.int64], place: int, *, last: bool

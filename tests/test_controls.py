@@ -230,7 +230,7 @@ def test_the_digits_task_is_searched(name: str) -> None:
         rows = [row for row in history.rows if row.budget == budget]
         assert all(row.kept <= budget for row in rows)
         assert best.reward == max(row.reward for row in rows if row.reward is not None)
-        reference = env.reference(budget).accuracy
+        reference = env.uniform(budget).score.accuracy
         assert best.reward == pytest.approx(10 * (best.accuracy - reference))
 
 

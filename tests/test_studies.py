@@ -136,7 +136,7 @@ def test_random_search_takes_the_plan_that_the_environment_pays_best(target: tup
     trim = replace(config.search.trim, budget=0.2)
     trimmer = Trimmer(task, trim.repair)
     environment = TrimEnv(task, trim, trimmer=trimmer)
-    best, accuracies = TRANSFER.random_search(trimmer, trim, environment.reference(0.2), 4, seed=3)
+    best, accuracies = TRANSFER.random_search(trimmer, trim, environment.uniform(0.2), 4, seed=3)
     actions = np.random.default_rng(3).uniform(-1.0, 1.0, (40, 2))[:4].astype(np.float32)
     paid = []
     for episode in actions:
@@ -218,7 +218,7 @@ def test_uniform_rounds_are_those_that_rewards_refer_to(config_file: Path, task:
         trimmer = Trimmer(task, settings.trim.repair)
         environment = TrimEnv(task, settings.trim, trimmer=trimmer)
         plans, seen = ROUNDS.uniform_rounds(environment)
-        assert seen == environment.reference(0.2).accuracy
+        assert seen == environment.uniform(0.2).score.accuracy
         assert len(plans) == way.rounds
         share = trimmer.cost_model.share(plans[0].counts, "params")
         assert 0.9 * 0.2 ** (1 / way.rounds) < share <= 0.2 ** (1 / way.rounds)

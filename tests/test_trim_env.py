@@ -285,7 +285,7 @@ def test_each_episode_draws_one_of_the_levels_of_a_range(trimmer: Trimmer) -> No
     other = TrimEnv(settings=RANGED, trimmer=trimmer)
     again = [episode(other, [0.5, 0.1, 0.1], **({"seed": 4} if count == 0 else {}))[-1][2] for count in range(12)]
     assert [info["budget"] for info in again] == seen
-    assert len(other._references) == 3
+    assert len(other._uniform) == 3
 
 
 def test_a_budget_of_the_range_can_be_named(trimmer: Trimmer) -> None:
@@ -374,7 +374,7 @@ def test_uniform_pays_nothing_over_rounds_with_retraining(trimmer: Trimmer) -> N
     env = TrimEnv(settings=settings, trimmer=trimmer)
     assert episode(env, [0.4] * 6)[-1][1] == 0.0
     uneven = episode(env, [1.0, -1.0, -1.0, 1.0, -1.0, -1.0])[-1]
-    assert uneven[1] == pytest.approx(10 * (uneven[2]["accuracy"] - env.reference(0.2).accuracy))
+    assert uneven[1] == pytest.approx(10 * (uneven[2]["accuracy"] - env.uniform(0.2).score.accuracy))
     assert uneven[1] != 0.0
 
 
@@ -499,6 +499,21 @@ def test_divergence_gain_is_agreement_beyond_the_uniform_plans(task: PruningTask
     ours, theirs = ((whole.exp() * (whole - other)).sum(1).mean() for other in (ours, theirs))
     assert info["divergence"] == pytest.approx(float(ours), rel=1e-4)
     assert paid == pytest.approx(2 * float(theirs - ours), rel=1e-3)
+    assert episode(env, [0.2] * 3)[-1][1] == 0.0
+
+
+def test_parameters_gain_is_the_logarithm_of_parameters_over_the_uniform_plans(
+    task: PruningTask, trimmer: Trimmer
+) -> None:
+    reward = RewardSettings(weights={"parameters_gain": 3.0})
+    env = TrimEnv(settings=TrimSettings(reward=reward), trimmer=trimmer)
+    _, paid, info = episode(env, [0.9, -0.9, 0.1])[-1]
+    image = task.example.shape[-1]
+    start = uniform(trimmer, budget=0.3, unit="macs", retraining=RetrainSettings())
+    ours, theirs = (lenet_cost(tuple(map(len, plan.values())), image)["params"]
+                    for plan in (info["plan"], start.plan.to_dict()))  # fmt: skip
+    assert ours != theirs
+    assert paid == pytest.approx(3 * math.log(ours / theirs))
     assert episode(env, [0.2] * 3)[-1][1] == 0.0
 
 
