@@ -80,11 +80,7 @@ def learn(
                 report=show,
             )
             tell = run_folder.path / "tensorboard" if run_folder else None
-            way: Way = (
-                PlannedSearch(settings.learner, environment, workers, callback, standing, served, seed, tell)
-                if planned
-                else StepwiseSearch(settings.learner, environment, workers, callback, standing, seed, tell)
-            )
+            way = make_way(settings, environment, workers, callback, standing, served, tell)
             if standing.stopped_by:
                 standing.restore_learned(way.learner)
                 return way.learner, standing.stopped_by
@@ -130,6 +126,22 @@ class Way(Protocol):
 
     def keep(self, stopped_by: str) -> None:
         """Write a checkpoint, once learning has ended."""
+
+
+def make_way(
+    settings: SearchSettings,
+    environment: TrimEnv,
+    workers: VecEnv,
+    callback: SearchCallback,
+    standing: Standing,
+    budgets: Sequence[float],
+    log_folder: Path | None,
+) -> Way:
+    """Return a `PlannedSearch` where these settings plan, else a `StepwiseSearch`; arguments as there."""
+    seed = derive_seed(settings.seed, "learner")
+    if budgets and imagines(settings.learner, settings.trim):
+        return PlannedSearch(settings.learner, environment, workers, callback, standing, budgets, seed, log_folder)
+    return StepwiseSearch(settings.learner, environment, workers, callback, standing, seed, log_folder)
 
 
 class StepwiseSearch:

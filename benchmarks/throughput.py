@@ -24,15 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 from prunegym.agent.configuration import read_config
-from prunegym.agent.learner import make_learner
+from prunegym.agent.history import History, SearchCallback
+from prunegym.agent.learning import make_way
 from prunegym.agent.loading import load_task
+from prunegym.agent.planner import Planner
 from prunegym.agent.progress import Progress
+from prunegym.agent.resume import Standing
 from prunegym.agent.settings import SearchConfig
 from prunegym.agent.workers import make_environments
 from prunegym.envs import TrimEnv
 from prunegym.pruning import Trimmer, build_network, count_cost
 from prunegym.pruning import trimmer as trimmer_module
-from stable_baselines3.common.callbacks import BaseCallback
 
 WORKERS = (1, 2)
 FORWARD = ("batch norm recalibrated", "scored")
@@ -45,9 +47,11 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("channels chosen", Trimmer, "plan"),
     ("observed", TrimEnv, "_observe"),
     ("rest of the environment: widths, reward", TrimEnv, "step"),
+    ("practice on imagined episodes", Planner, "learn_from"),
+    ("plans proposed", Planner, "propose"),
 )
 """What an episode consists of: label, and the function whose time it is, less that of the others it calls."""
-POLICY = "policy: actions and updates"
+POLICY = "rest of the search"
 IMAGENET = 224  # pixels
 
 
@@ -155,25 +159,15 @@ def warm_up(environments: Any, steps: int) -> None:
 
 
 def play(config: SearchConfig, trimmer: Trimmer, environments: Any, episodes: int) -> tuple[int, float]:
-    """Let a new agent learn for at least `episodes` episodes; returns how many it played, and the seconds."""
-    steps = len(trimmer.groups) * config.search.trim.rounds
-    learner = make_learner(config.search.learner, environments, steps_per_episode=steps, seed=0, log_folder=None)
-    counter = Counter(episodes)
+    """Let a new agent search for about `episodes` evaluations; returns how many episodes it played, and the seconds."""
+    trim, history = config.search.trim, History()
+    environment = TrimEnv(trimmer.task, trim, trimmer=trimmer)
+    callback = SearchCallback(history, max_evaluations=episodes)
+    budgets = trim.budgets or ((trim.budget,) if trim.budget is not None else ())
+    way = make_way(config.search, environment, environments, callback, Standing(history=history), budgets, None)
     began = time.perf_counter()
-    learner.learn((episodes + environments.num_envs) * steps, callback=counter)
-    return counter.played, time.perf_counter() - began
-
-
-class Counter(BaseCallback):
-    """Stops learning after a number of episodes."""
-
-    def __init__(self, episodes: int) -> None:
-        super().__init__()
-        self.episodes, self.played = episodes, 0
-
-    def _on_step(self) -> bool:
-        self.played += int(np.sum(self.locals["dones"]))
-        return self.played < self.episodes
+    way.run()
+    return len(history.rows) // trim.rounds, time.perf_counter() - began
 
 
 @contextmanager
@@ -212,7 +206,7 @@ def heading(found: list[Measured], episodes: int, repeats: int) -> list[str]:
     lines = [
         "# Episodes per minute",
         "",
-        f"torch {torch.__version__} on the CPU, one thread a process; an agent learns while it plays. Medians of "
+        f"torch {torch.__version__} on the CPU, one thread a process; each repeat is a search of its own. Medians of "
         f"{repeats} repeats of {episodes} episodes, the range in brackets. The start holds tracing, measuring and "
         "starting the processes, and is not in the rates.",
         "",
