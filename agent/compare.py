@@ -9,18 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..pruning.artifact import weights_digest, write_atomically
 from ..pruning.checks import check_kind
 from ..pruning.cost import Cost, count_cost
 from ..pruning.errors import UserError
+from ..pruning.fingerprint import digest, split_digest, versions
 from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
-from .compare_cell import Cell, Ground, cell_path, load_network
+from .compare_cell import Cell, Ground, cell_path, load_network, network_digest
 from .compare_jobs import run_cells
 from .compare_settings import POOL, CompareConfig, cell_digest, check_compare
 from .finalists import right_examples
 from .intervals import Interval, paired_interval
 from .progress import Progress
+from .resume import alone
 
 TEST = "test.json"
 
@@ -96,7 +100,8 @@ def compare(task: PruningTask, config: CompareConfig, folder: Path, progress: Pr
         progress: Says which cells are done; silent by default.
 
     Raises:
-        UserError: A method cannot do what is asked, or a cell in the folder was made with other settings.
+        UserError: A method cannot do what is asked, a cell in the folder was made with other settings, or another
+            process works in the folder.
         KeyboardInterrupt: Interrupted; the finished cells stay.
     """
     check_kind(task, PruningTask, "compare")
@@ -104,22 +109,24 @@ def compare(task: PruningTask, config: CompareConfig, folder: Path, progress: Pr
     progress = progress or Progress()
     ground = Ground(task, config.search, config.compare, folder)
     check_compare(task.network, task.example, config.search, config.compare)
-    weights = weights_digest(task.network)
+    base = base_digest(task, config.device)
     digests = {
-        (method, seed): cell_digest(config, method, seed, weights)
+        (method, seed): cell_digest(config, method, seed, base)
         for method in config.compare.rows
         for seed in config.compare.seeds
     }
-    done = _finished(folder, digests)
-    if done:
-        progress.say(f"{len(done)} of {len(digests)} cells are finished already")
-    for cell in run_cells(ground, digests, done, config):
-        done[cell.method, cell.seed] = cell
-        progress.say(f"[{len(done)}/{len(digests)}] {_line(cell)}")
-    cells = tuple(done[key] for key in digests)
-    trimmer = Trimmer(task, config.search.trim.repair, config.search.trim.groups, lean=True)
-    selection = trimmer.score_selection(task.network).accuracy
-    test, original, readings = _read_test(ground, trimmer, cells)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        done = _finished(folder, digests)
+        if done:
+            progress.say(f"{len(done)} of {len(digests)} cells are finished already")
+        for cell in run_cells(ground, digests, done, config):
+            done[cell.method, cell.seed] = cell
+            progress.say(f"[{len(done)}/{len(digests)}] {_line(cell)}")
+        cells = tuple(done[key] for key in digests)
+        trimmer = Trimmer(task, config.search.trim.repair, config.search.trim.groups, lean=True)
+        selection = trimmer.score_selection(task.network).accuracy
+        test, original, readings = _read_test(ground, trimmer, cells)
     return Comparison(
         config=config,
         task=task.name,
@@ -133,6 +140,12 @@ def compare(task: PruningTask, config: CompareConfig, folder: Path, progress: Pr
     )
 
 
+def base_digest(task: PruningTask, device: str) -> str:
+    """Return a digest of what all cells stand on: weights, images, kind of device, versions; not the test split."""
+    splits = (split_digest(split) for split in (task.train, task.reward, task.selection))
+    return digest(weights_digest(task.network), torch.device(device).type, *versions(), *splits)
+
+
 def _finished(folder: Path, digests: Mapping[tuple[str, int], str]) -> dict[tuple[str, int], Cell]:
     """Return the cells that need not run again.
 
@@ -140,17 +153,17 @@ def _finished(folder: Path, digests: Mapping[tuple[str, int], str]) -> dict[tupl
         UserError: One was made with other settings.
     """
     found = {}
-    for (method, seed), digest in digests.items():
+    for (method, seed), own in digests.items():
         path = cell_path(folder, method, seed)
         if not path.is_file():
             continue
         cell = Cell.load(path)
-        if cell.digest != digest:
+        if cell.digest != own:
             if method == POOL:  # cheap, and other methods may have joined
                 continue
             raise UserError(
-                f"a comparison goes on with the settings it began with, but {path} was made with others; give the "
-                "configuration it began with, or another --output"
+                f"a comparison goes on with the settings, data, device and versions it began with, but {path} was made "
+                "with others; give what it began with, or another --output"
             )
         found[method, seed] = cell
     return found
@@ -175,20 +188,18 @@ def _read_test(
     reading, and the number of readings is kept.
     """
     path = ground.folder / TEST
-    known: dict[str, Any] = {"readings": 0, "original": None, "accuracies": {}}
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} must be what `prunegym compare` wrote, but is not; delete it") from error
+    known = _known_readings(path)
     accuracies: dict[str, float] = known["accuracies"]
     names = {
-        (cell.method, cell.seed, found.budget): f"{cell.name}-{found.budget:g}-{cell.digest}"
+        (cell.method, cell.seed, found.budget): f"{cell.name}-{found.budget:g}-"
+        + network_digest(ground.folder, cell.method, cell.seed, found.budget)
         for cell in cells
         for found in cell.found
     }
     missing = [key for key, name in names.items() if name not in accuracies]
     if missing or known["original"] is None:
+        known["readings"] += 1
+        _write_readings(path, known)  # it counts, whatever happens now
         split = ground.task.test.open(f"comparison of {len(names)} networks")
         split = split.to(next(ground.task.network.parameters()).device)
         size, metric = trimmer.settings.batch_size, ground.task.metric
@@ -196,9 +207,28 @@ def _read_test(
         for key in missing:
             network = load_network(ground, *key)
             accuracies[names[key]] = float(right_examples(network, split, size, metric).mean())
-        known["readings"] += 1
-        write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
+        _write_readings(path, known)
     return {key: accuracies[name] for key, name in names.items()}, known["original"], known["readings"]
+
+
+def _known_readings(path: Path) -> dict[str, Any]:
+    """Return what earlier runs of a folder read of the test split.
+
+    Raises:
+        UserError: The file is not what a comparison wrote.
+    """
+    nothing: dict[str, Any] = {"readings": 0, "original": None, "accuracies": {}}
+    if not path.is_file():
+        return nothing
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {name: known[name] for name in nothing}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} must be what `prunegym compare` wrote, but is not; delete it") from error
+
+
+def _write_readings(path: Path, known: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -251,7 +281,7 @@ def results(made: Comparison) -> dict[str, Any]:
                         "params": found.params, "macs": found.macs, "kept": found.kept, "within": found.within,
                         "retrain_updates": found.updates, "made_by": found.made_by,
                         "widths": {name: len(keep) for name, keep in found.plans[-1].items()},
-                        "best_so_far": list(found.curve),
+                        "best_so_far": list(found.curve), "best_reward_so_far": list(found.rewards),
                     }
                     for found in cell.found
                 ],

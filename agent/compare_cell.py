@@ -1,13 +1,14 @@
 """One cell of a comparison, a method at one seed for all budgets, as data and as files of the run folder."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from ..pruning.artifact import load_pruned, write_atomically
+from ..pruning.artifact import WEIGHTS, load_pruned, write_atomically
 from ..pruning.errors import UserError
 from ..pruning.task import PruningTask
 from .compare_settings import CompareSettings
@@ -50,7 +51,9 @@ class Found:
         updates: Optimizer steps that were taken.
         made_by: The method; for the pool, whose plan it took.
         candidates: For an agent, its best plans, best first (each: one plan a round), for the pool to choose from.
-        curve: For a search, the reward accuracy of the best plan so far, after each evaluation at this budget.
+        curve: For a search, the accuracy on the reward images of the plan of highest reward so far, after each
+            evaluation at this budget.
+        rewards: Its reward.
     """
 
     budget: float
@@ -66,6 +69,12 @@ class Found:
     made_by: str
     candidates: tuple[tuple[dict[str, list[int]], ...], ...] = ()
     curve: tuple[float | None, ...] = ()
+    rewards: tuple[float | None, ...] = ()
+
+    def reached(self, reward: float) -> int | None:
+        """Return after how many evaluations the best reward so far was at least `reward`; None = never."""
+        places = (place for place, best in enumerate(self.rewards, 1) if best is not None and best >= reward)
+        return next(places, None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Cell:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             found = tuple(
-                Found(**{**each, "plans": tuple(each["plans"]), "curve": tuple(each["curve"]),
+                Found(**{**each, **{name: tuple(each[name]) for name in ("plans", "curve", "rewards")},
                          "candidates": tuple(tuple(plans) for plans in each["candidates"])})
                 for each in data.pop("found")
             )  # fmt: skip
@@ -137,6 +146,22 @@ def cell_path(folder: Path, method: str, seed: int) -> Path:
 def network_folder(folder: Path, method: str, seed: int, budget: float) -> Path:
     """Return where the retrained network of a cell lies."""
     return folder / NETWORKS / f"{method}-seed{seed}-{budget:g}"
+
+
+def network_digest(folder: Path, method: str, seed: int, budget: float) -> str:
+    """Return a digest of a finished cell's weights, as they lie on disk.
+
+    Raises:
+        UserError: They are not there.
+    """
+    path = network_folder(folder, method, seed, budget) / WEIGHTS
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    except OSError as error:
+        raise UserError(
+            f"a finished cell must have its networks, but {path} cannot be read ({error}); delete "
+            f"{cell_path(folder, method, seed)}, and the cell runs again"
+        ) from error
 
 
 def load_network(ground: Ground, method: str, seed: int, budget: float) -> nn.Module:

@@ -62,7 +62,7 @@ def pareto(made: Comparison) -> Figure:
 
 
 def search_courses(made: Comparison) -> Figure:
-    """Draw, for each budget, the accuracy of the best plan so far against evaluations, mean over seeds."""
+    """Draw, for each budget, the reward of the best plan so far against evaluations, mean over seeds."""
     budgets, methods = made.config.compare.budgets, searches(made)
     figure = Figure(figsize=(max(5.5, 4.2 * len(budgets)), 4.0), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -70,7 +70,7 @@ def search_courses(made: Comparison) -> Figure:
     for axes, budget in zip(grid, budgets, strict=True):
         ends, starts = [], []
         for method in methods:
-            course = mean_course([cell.at(budget).curve for cell in made.cells_of(method)])
+            course = mean_course([cell.at(budget).rewards for cell in made.cells_of(method)])
             axes.plot(
                 range(1, len(course) + 1), course, lw=2 if method == AGENT else 1.4,
                 color=colour(method, made.config.compare.rows), label=label(method),
@@ -79,10 +79,11 @@ def search_courses(made: Comparison) -> Figure:
             ends += known[-1:]
             starts += known[len(known) // 10 : len(known) // 10 + 1]
         if ends:  # the first plans, which are poor, must not flatten the picture
-            axes.set_ylim(min(starts) - 0.5, max(ends) + 0.3 * (max(ends) - min(starts)) + 0.2)
+            room = (max(ends) - min(starts)) or abs(max(ends)) or 1.0
+            axes.set_ylim(min(starts) - 0.1 * room, max(ends) + 0.2 * room)
         _plain(axes)
         axes.set_xlabel("evaluations (distinct plans scored)")
-        axes.set_ylabel("best so far on the reward images, %")
+        axes.set_ylabel("best reward so far")
         axes.set_title(f"budget {budget:g}", fontsize=10)
     grid[-1].legend(fontsize=8, loc="lower right")
     figure.suptitle(f"Searches, mean over seeds: {made.task}", fontsize=9)
@@ -90,7 +91,7 @@ def search_courses(made: Comparison) -> Figure:
 
 
 def mean_course(courses: Sequence[Sequence[float | None]]) -> list[float]:
-    """Return the mean of several courses, in percent; one that ended earlier keeps its last value.
+    """Return the mean of several courses; one that ended earlier keeps its last value.
 
     NaN stands where a course has no finished plan yet.
     """
@@ -99,7 +100,7 @@ def mean_course(courses: Sequence[Sequence[float | None]]) -> list[float]:
     for place in range(length):
         values = [course[min(place, len(course) - 1)] for course in courses if course]
         known = [value for value in values if value is not None]
-        result.append(100 * fmean(known) if len(known) == len(values) else float("nan"))
+        result.append(fmean(known) if len(known) == len(values) else float("nan"))
     return result
 
 

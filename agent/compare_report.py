@@ -10,13 +10,23 @@ from rich.text import Text
 
 from ..pruning.cost import UNITS
 from .compare import STAGES, Comparison, Pair
-from .compare_settings import AGENT, CONTROL_NAMES, ENOUGH_SEEDS, POOL, SEARCHES_AT_RANDOM, UNIFORM, feeds_pool
+from .compare_settings import (
+    AGENT,
+    ENOUGH_SEEDS,
+    POOL,
+    SEARCHES_AT_RANDOM,
+    SURROGATE,
+    UNIFORM,
+    feeds_pool,
+    is_search,
+)
 from .intervals import BETTER, TOO_FEW, UNDECIDED, WORSE, Interval
 from .report import markdown_table
 
 LABELS = {
-    AGENT: "agent", UNIFORM: "uniform", "network_trimming": "Network Trimming (APoZ rounds)", "apoz": "APoZ",
-    "taylor_2017": "Taylor 2017", "taylor_2019": "Taylor 2019", "l1": "magnitude (L1)", "l2": "magnitude (L2)",
+    AGENT: "agent", SURROGATE: "the agent's model alone", UNIFORM: "uniform",
+    "network_trimming": "Network Trimming (APoZ rounds)", "apoz": "APoZ", "taylor_2017": "Taylor 2017",
+    "taylor_2019": "Taylor 2019", "l1": "magnitude (L1)", "l2": "magnitude (L2)",
     "random": "ranking at random", SEARCHES_AT_RANDOM: "random search", "cem": "CEM", "cma_es": "CMA-ES", "amc": "AMC",
     POOL: "pool with a floor",
 }  # fmt: skip
@@ -219,9 +229,8 @@ def method_lines(made: Comparison) -> list[str]:
         "A seed decides the images drawn for calibration, recalibration and reward, the search and the retraining; "
         "network and splits are the same for all. So an interval holds the luck of those draws, not that of the "
         "network nor of the images in a split.",
-        f"Intervals are {compare.confidence:.0%} bootstrap intervals of the mean paired difference over seeds (BCa "
-        "where it is defined, else by percentiles), not corrected for several comparisons; over few seeds they are "
-        f"narrower than they ought to be. Fewer than {ENOUGH_SEEDS} seeds give no verdict.",
+        f"{_interval_line(made)} A verdict asks Student's t of the paired differences, too; neither is corrected for "
+        "several comparisons.",
         f"The test split was read {_times(made.readings)}, after everything else was decided"
         + (" for the cells that were there." if made.readings > 1 else "."),
     ]
@@ -250,6 +259,19 @@ def method_lines(made: Comparison) -> list[str]:
     if cached:
         lines.append(f"{cached:,} scores came from the store, so the seconds of their searches are understated.")
     return lines
+
+
+def _interval_line(made: Comparison) -> str:
+    compare = made.config.compare
+    if len(compare.seeds) < ENOUGH_SEEDS:
+        return (
+            "In brackets: lowest and highest of the paired differences; fewer than "
+            f"{ENOUGH_SEEDS} seeds give no interval and no verdict."
+        )
+    return (
+        f"In brackets: {compare.confidence:.0%} bootstrap interval of the mean paired difference over seeds (BCa where "
+        "it is defined, else by percentiles); over few seeds it is narrower than it ought to be."
+    )
 
 
 def _shared_lines(made: Comparison) -> str:
@@ -283,8 +305,8 @@ def markdown(made: Comparison, command: Sequence[str], versions: dict[str, str])
             lines += ["", "Differences in percentage points, with interval and verdict.", ""]
             lines += markdown_table(("pair", *SHORT.values()), pair_rows(made, budget))
     lines += ["", "![accuracy against cost](pareto.png)", ""]
-    if any(found.curve for cell in made.cells for found in cell.found):
-        lines += ["![search](search.png)", ""]
+    if searches(made):
+        lines += ["## Inside the searches", "", *inside(made), "![search](search.png)", ""]
     lines += ["## How it was compared", "", *(f"- {line}" for line in method_lines(made)), ""]
     splits = ", ".join(f"{name} {count:,}" for name, count in made.examples.items())
     lines += [
@@ -308,8 +330,41 @@ def searches(made: Comparison) -> list[str]:
     return [
         method
         for method in made.config.compare.methods
-        if method in (AGENT, "amc", *CONTROL_NAMES) and any(cell.found[0].curve for cell in made.cells_of(method))
+        if is_search(method) and all(cell.found[0].rewards for cell in made.cells_of(method))
     ]
+
+
+def inside(made: Comparison) -> list[str]:
+    """Return how soon the compared search has the reward that each other one ends with: sentences and a table."""
+    subject = made.config.compare.subject
+    others = [name for name in searches(made) if name != subject]
+    terms = made.config.search.trim.reward
+    paid = ", ".join(terms.weights) or f"objective {terms.objective!r}"
+    lines = [f"Plans are paid on the reward images ({paid}).", ""]
+    if subject not in searches(made) or not others:
+        return lines
+    rows = []
+    for budget in made.config.compare.budgets:
+        for other in others:
+            pairs = [(own.at(budget), theirs.at(budget))
+                     for own, theirs in zip(made.cells_of(subject), made.cells_of(other), strict=True)]  # fmt: skip
+            ends = [(own.rewards[-1] or 0.0, theirs.rewards[-1] or 0.0) for own, theirs in pairs]
+            after = [own.reached(end) for (own, _), (_, end) in zip(pairs, ends, strict=True)]
+            above = sum(own > theirs for own, theirs in ends)
+            rows.append(
+                (
+                    f"{budget:g}", label(other), _mean_of([own for own, _ in ends]), _mean_of([end for _, end in ends]),
+                    f"{above} of {len(ends)}", ", ".join("never" if one is None else str(one) for one in after),
+                )
+            )  # fmt: skip
+    name = label(subject)
+    headers = ("budget", "other", f"reward of {name}, at the end", "of the other", f"{name} above, seeds",
+               f"{name} has the other's after evaluations, by seed")  # fmt: skip
+    return [*lines, *markdown_table(headers, rows), ""]
+
+
+def _mean_of(rewards: Sequence[float]) -> str:
+    return f"{fmean(rewards):.4g}"
 
 
 def _unit(made: Comparison) -> str:

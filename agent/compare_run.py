@@ -22,7 +22,17 @@ from ..pruning.task import PruningTask
 from ..pruning.trimmer import Trimmer
 from .amc import as_search
 from .compare_cell import CELLS, SCORES, Cell, Found, Ground, network_folder
-from .compare_settings import AGENT, CONTROL_NAMES, POOL, UNIFORM, feeds_pool, is_ranking, is_search, search_settings
+from .compare_settings import (
+    AGENT,
+    CONTROL_NAMES,
+    POOL,
+    SURROGATE,
+    UNIFORM,
+    feeds_pool,
+    is_ranking,
+    is_search,
+    search_settings,
+)
 from .controls import run_control
 from .history import Evaluation, History
 from .learner import imagines
@@ -127,6 +137,8 @@ def _search_cell(ground: Ground, method: str, seed: int, digest: str) -> Cell:
     if method == "amc":
         trimmer = trimmer.with_settings(replace(trimmer.settings, criterion="l1"), lean=True)
         settings = [_amc_settings(trimmer, each) for each in settings]
+    if method == SURROGATE:
+        settings = [_without_policy(each) for each in settings]
     folder = ground.folder / CELLS / f"{method}-seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run; its scores are in the store
     folder.mkdir(parents=True)
@@ -136,7 +148,7 @@ def _search_cell(ground: Ground, method: str, seed: int, digest: str) -> Cell:
         run_control(
             CONTROL_NAMES[method], TrimEnv(task, settings[0].trim, trimmer=trimmer),
             evaluations=compare.evaluations * len(compare.budgets), budgets=list(compare.budgets),
-            seed=derive_seed(seed, method), history=history,
+            seed=derive_seed(seed, method), history=history, settings=compare.controls,
         )  # fmt: skip
     else:
         run_agent(task, settings, trimmer, history, Progress())
@@ -148,7 +160,13 @@ def _search_cell(ground: Ground, method: str, seed: int, digest: str) -> Cell:
         one = _measured(ground, trimmer, schedule, method, seed, budget)
         best = _ranked(history, budget, compare.budget_tolerance)[: each.candidates]
         candidates = tuple(other.plans for other in best) if method == AGENT else ()
-        found.append(replace(one, candidates=candidates, curve=best_so_far(history, budget)))
+        course = best_so_far(history, budget)
+        found.append(
+            replace(
+                one, candidates=candidates, curve=tuple(row.accuracy if row else None for row in course),
+                rewards=tuple(row.reward if row else None for row in course),
+            )
+        )  # fmt: skip
     store.close()
     repeated = sum(row.repeated for row in history.rows)
     cached = sum(row.cached and not row.repeated for row in history.rows)
@@ -161,17 +179,20 @@ def _amc_settings(trimmer: Trimmer, settings: SearchSettings) -> SearchSettings:
     return as_search(trimmer, Goal(trim.budget, trim.budget_unit), settings.methods.amc, trim.retraining, settings.seed)
 
 
-def best_so_far(history: History, budget: float) -> tuple[float | None, ...]:
-    """Return, after each evaluation that counts at a budget, the accuracy of the plan of highest reward so far."""
-    course: list[float | None] = []
-    best: Evaluation | None = None
+def _without_policy(settings: SearchSettings) -> SearchSettings:
+    imagination = replace(settings.learner.imagination, practise=False)
+    return replace(settings, learner=replace(settings.learner, imagination=imagination))
+
+
+def best_so_far(history: History, budget: float) -> list[Evaluation | None]:
+    """Return, after each evaluation that counts at a budget, the finished plan of highest reward so far."""
+    course: list[Evaluation | None] = []
+    own = History()
     for row in history.rows:
-        if row.budget != budget or row.repeated:
-            continue
-        if row.reward is not None and (best is None or row.reward > (best.reward or 0.0)):
-            best = row
-        course.append(None if best is None else best.accuracy)
-    return tuple(course)
+        if row.budget == budget and not row.repeated:
+            own.add(row)
+            course.append(own.best)
+    return course
 
 
 # ---- methods without a search ----------------------------------------------------------------------------------------
@@ -229,7 +250,7 @@ def _pool_cell(ground: Ground, seed: int, digest: str, others: Mapping[str, Cell
                 network_folder(ground.folder, POOL, seed, budget),
                 dirs_exist_ok=True,
             )
-            found.append(replace(others[name].at(budget), made_by=name, candidates=(), curve=()))
+            found.append(replace(others[name].at(budget), made_by=name, candidates=(), curve=(), rewards=()))
         else:
             found.append(_measured(ground, trimmer, chosen, POOL, seed, budget))
     return Cell(POOL, seed, digest, tuple(found), 0, 0, 0, time.monotonic() - started)

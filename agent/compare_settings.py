@@ -20,12 +20,16 @@ from ..pruning.grouping import find_groups
 from ..pruning.heuristics import Goal, RankingSettings
 from ..pruning.prepare import TaskSettings
 from .configuration import read_values, resolve_device
-from .controls import CONTROLS
+from .controls import CONTROLS, ControlSettings
+from .learner import imagines
 from .methods import METHODS, Prospect
 from .search import resolve_settings
 from .settings import MethodSettings, SearchSettings
 
 AGENT, UNIFORM, POOL = "agent", "uniform", "pool"
+
+SURROGATE = "surrogate"
+"""The agent without its policy gradient: the same model, proposals and evaluations, a policy that never learns."""
 
 SEARCHES_AT_RANDOM = "random_search"
 """Random *search*; "random" is the ranking at random, a method of `prunegym prune`."""
@@ -33,7 +37,7 @@ SEARCHES_AT_RANDOM = "random_search"
 CONTROL_NAMES = {SEARCHES_AT_RANDOM if name == "random" else name: name for name in CONTROLS}
 """Name in a comparison -> name in `CONTROLS`."""
 
-KNOWN = (AGENT, UNIFORM, *CONTROL_NAMES, *METHODS)
+KNOWN = (AGENT, SURROGATE, UNIFORM, *CONTROL_NAMES, *METHODS)
 
 ENOUGH_SEEDS = 5
 """Fewer give no verdict."""
@@ -43,8 +47,8 @@ FEWEST_RESAMPLES = 100
 
 
 def is_search(method: str) -> bool:
-    """Return whether a method spends evaluations on whole plans: the agent, AMC and the controls."""
-    return method in (AGENT, "amc") or method in CONTROL_NAMES
+    """Return whether a method spends evaluations on whole plans: the agent, its model alone, AMC and the controls."""
+    return method in (AGENT, SURROGATE, "amc") or method in CONTROL_NAMES
 
 
 def is_ranking(method: str) -> bool:
@@ -62,8 +66,8 @@ class CompareSettings:
     """What is compared, and what each method may spend.
 
     Attributes:
-        methods: "agent", "uniform", a control search ("random_search", "cem", …) or a name of `METHODS`, where "random"
-            is a ranking at random.
+        methods: "agent", "uniform", a control search ("random_search", "cem", …, "surrogate": the agent without its
+            policy gradient) or a name of `METHODS`, where "random" is a ranking at random.
         seeds: Roots of the random numbers, at least 5 for a verdict. A seed decides the images drawn for calibration,
             recalibration and reward, the search and the retraining; network and splits are the same for all.
         budgets: Shares of the cost to keep, in (0, 1].
@@ -75,6 +79,7 @@ class CompareSettings:
             at the same widths; "global", at once and without training in between, may nearly empty layers.
         pool: Whether a row is added that takes, on the selection split right after the cut, the best of the
             heuristics' plans and the agent's `candidates` best; only where at least two methods have such plans.
+        controls: How the control searches proceed.
         confidence: Of the intervals, in (0, 1).
         resamples: Of the bootstrap, at least 100.
     """
@@ -87,6 +92,7 @@ class CompareSettings:
     budget_tolerance: float = 0.03
     ranking_scope: str = "uniform"
     pool: bool = True
+    controls: ControlSettings = field(default_factory=ControlSettings)
     confidence: float = 0.95
     resamples: int = 9999
 
@@ -307,6 +313,12 @@ def check_compare(network: nn.Module, example: Tensor, search: SearchSettings, c
     chosen, unit = search.trim.groups, search.trim.budget_unit
     for budget in compare.budgets:
         check_request(network, example, replace(search.trim, budget=budget, budget_range=None))
+    if SURROGATE in compare.methods and not imagines(search.learner, search.trim):
+        raise UserError(
+            f"{SURROGATE!r} is the agent's model alone, but this agent has none; it needs one round, the rule "
+            '"score", the "full" observation and search.learner.imagination.updates, or take '
+            f"{SURROGATE!r} out of compare.methods"
+        )
     groups = find_groups(network, example, include=chosen.include, ignore=chosen.ignore)
     model = CostModel(network, groups, example, chosen)
     for name in compare.methods:
@@ -320,7 +332,7 @@ def check_compare(network: nn.Module, example: Tensor, search: SearchSettings, c
                 raise UserError(f"{error} (budget {budget}; or take {name!r} out of compare.methods)") from error
 
 
-def cell_digest(config: CompareConfig, method: str, seed: int, network: str) -> str:
+def cell_digest(config: CompareConfig, method: str, seed: int, base: str) -> str:
     """Return a digest of everything that decides a cell.
 
     Other methods, other seeds and where the data lies are not in it, so a comparison may be enlarged.
@@ -329,7 +341,7 @@ def cell_digest(config: CompareConfig, method: str, seed: int, network: str) -> 
         config: Resolved.
         method: Of the cell.
         seed: Of the cell.
-        network: Digest of the original network's weights.
+        base: Digest of what all cells stand on: weights, data, device, versions.
     """
     task = dataclasses.asdict(config.task)
     for elsewhere in ("data_root", "in_memory", "workers", "weights", "training"):
@@ -340,9 +352,11 @@ def cell_digest(config: CompareConfig, method: str, seed: int, network: str) -> 
     search = dataclasses.asdict(config.search)
     for replaced in ("max_evaluations", "seed", "compare", "latency_batches", "scores", "noise_check", "pool"):
         search.pop(replaced, None)
-    if method not in (AGENT, POOL):
+    if method not in CONTROL_NAMES:
+        compare.pop("controls")
+    if method not in (AGENT, SURROGATE, POOL):
         search.pop("learner")
-    parts = {"task": task, "search": search, "compare": compare, "method": method, "seed": seed, "network": network}
+    parts = {"task": task, "search": search, "compare": compare, "method": method, "seed": seed, "base": base}
     if method == POOL:
         parts["methods"] = list(config.compare.methods)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

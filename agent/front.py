@@ -205,6 +205,7 @@ class Front:
         original: Score of the original network on the selection split.
         images: In the selection split.
         retrain_updates: Optimizer steps after the cut, of the column "retrained".
+        inside: Optimizer steps of an episode, which every figure is after.
     """
 
     points: tuple[FrontPoint, ...]
@@ -212,6 +213,7 @@ class Front:
     original: Score
     images: int
     retrain_updates: int
+    inside: int = 0
 
     @property
     def makers(self) -> list[str]:
@@ -254,7 +256,8 @@ def find_front(
     if retrain_updates:
         points = _trained(agent, points, retrain_updates, progress)
     original = trimmer.score_selection(trimmer.task.network)
-    return Front(tuple(points), trim.budget_unit, original, len(trimmer.task.selection), retrain_updates)
+    inside = trim.rounds * trim.retrain_updates
+    return Front(tuple(points), trim.budget_unit, original, len(trimmer.task.selection), retrain_updates, inside)
 
 
 def _checked(budgets: Sequence[float]) -> list[float]:

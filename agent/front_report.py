@@ -55,6 +55,8 @@ def maker(point: FrontPoint) -> str:
 def notes(front: Front) -> list[str]:
     """Return what the figures mean, as sentences."""
     after = "right after the cut and its repair"
+    if front.inside:
+        after = f"after an episode's cuts and its {front.inside:,} updates"
     lines = [
         f"Accuracies in percent on the {front.images:,} selection images, {after}; the original has "
         f"{_percent(front.original.accuracy)}. The test split was not read.",

@@ -1,4 +1,4 @@
-"""Paired differences over seeds: a bootstrap interval of their mean, and the verdict that it allows."""
+"""Paired differences over seeds: a bootstrap interval of their mean, Student's t, and the verdict that both allow."""
 
 import math
 import warnings
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
 
 from ..pruning.errors import UserError
 
 ENOUGH = 5
-"""Fewer differences give no verdict: their bootstrap distribution has too few values."""
+"""Fewer differences give no verdict, and no bootstrap interval: their resamples have too few values."""
 
 BETTER, WORSE, UNDECIDED, TOO_FEW = "better", "worse", "not distinguishable", "too few seeds"
 
@@ -25,11 +25,14 @@ class Interval:
         mean: Of the differences, in their unit.
         low: Lower end; None where there are fewer than two differences.
         high: Upper end; likewise.
-        method: "BCa" (bias-corrected and accelerated bootstrap, Efron 1987), "percentile", "equal" (all differences
-            are the same, so is every resample) or "none" (a single difference).
+        method: "BCa" (bias-corrected and accelerated bootstrap, Efron 1987), "percentile", "range" (fewer than five:
+            lowest and highest difference, no confidence interval), "equal" (all differences are the same, so is every
+            resample) or "none" (a single difference).
         count: Number of differences.
         positive: How many are above zero.
         negative: How many are below.
+        p_value: Two-sided, of Student's t that the mean is zero; None where there are fewer than two differences.
+        level: 1 - confidence: a p-value from here on is no difference.
     """
 
     mean: float
@@ -39,18 +42,22 @@ class Interval:
     count: int
     positive: int
     negative: int
+    p_value: float | None = None
+    level: float = 0.05
 
     @property
     def verdict(self) -> str:
-        """What the interval says of the first of the two: "better", "worse" or "not distinguishable".
+        """What is known of the first of the two: "better", "worse" or "not distinguishable".
 
-        "too few seeds" stands for fewer than five, whatever the interval is.
+        A difference needs both the interval beyond zero and a p-value below the level: of five normal differences a
+        bootstrap interval of 95 % misses the mean in about 15 of 100 cases, Student's t in 5. "too few seeds" stands
+        for fewer than five, whatever they are.
         """
-        if self.count < ENOUGH or self.low is None or self.high is None:
+        if self.count < ENOUGH or self.low is None or self.high is None or self.p_value is None:
             return TOO_FEW
-        if self.low > 0:
-            return BETTER
-        return WORSE if self.high < 0 else UNDECIDED
+        if self.low <= 0 <= self.high or self.p_value >= self.level:
+            return UNDECIDED
+        return BETTER if self.low > 0 else WORSE
 
 
 def paired_interval(
@@ -63,8 +70,9 @@ def paired_interval(
 ) -> Interval:
     """Return a bootstrap interval of the mean of `first - second`, pairs resampled together.
 
-    The interval is BCa from five pairs on, as far as it is defined, and by percentiles otherwise. With few pairs both
-    are narrower than they ought to be: five resampled values spread less than the population they came from.
+    The interval is BCa from five pairs on, by percentiles where that is not defined; of fewer pairs lowest and highest
+    difference are given instead. With few pairs it is narrower than it ought to be: five resampled values spread less
+    than the population they came from.
 
     Args:
         first: One figure for each seed.
@@ -87,7 +95,17 @@ def paired_interval(
     return Interval(
         mean=float(differences.mean()), low=low, high=high, method=method, count=len(differences),
         positive=int((differences > 0).sum()), negative=int((differences < 0).sum()),
+        p_value=_p_value(differences, method), level=round(1 - confidence, 12),
     )  # fmt: skip
+
+
+def _p_value(differences: NDArray[np.float64], method: str) -> float | None:
+    """Return Student's; where all differences are equal, 1 if they are zero, else 0."""
+    if len(differences) < 2:
+        return None
+    if method == "equal":
+        return float(not differences.any())
+    return float(ttest_1samp(differences, 0.0).pvalue)
 
 
 def _ends(
@@ -100,7 +118,9 @@ def _ends(
     if np.ptp(differences) <= 1e-12 * scale:  # differences of equal figures differ by rounding only
         same = float(differences.mean())
         return same, same, "equal"
-    for method in ("BCa", "percentile") if len(differences) >= ENOUGH else ("percentile",):
+    if len(differences) < ENOUGH:
+        return float(differences.min()), float(differences.max()), "range"
+    for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DegenerateDataWarning)
             warnings.simplefilter("ignore", RuntimeWarning)

@@ -71,7 +71,9 @@ def learn(
     workers = None
     interrupted = False
     try:
-        workers = make_environments(task, trim, trimmer, workers=settings.learner.workers, seed=seed)
+        workers = make_environments(
+            task, trim, trimmer, workers=settings.learner.workers, seed=seed, budgets=served if planned else ()
+        )
         with progress.evaluations("search", settings.max_evaluations) as show:
             callback = SearchCallback(
                 history,

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..envs.action import RoundTarget, make_action_rule
+from ..envs.reward import Reward
 from ..pruning.checks import check_kind, check_seed
 from ..pruning.data import Split
 from ..pruning.errors import UserError
@@ -140,6 +141,10 @@ def _draw_plans(
         yield trimmer.plan(counts, subject)
 
 
+ACCURACY = ("gain_over_uniform", "accuracy", "negative_error", "psi_phi", "error_log_macs")
+"""Terms of the reward that know no more of the reward images than how many are right."""
+
+
 def noise_for(trimmer: Trimmer, settings: SearchSettings) -> NoiseReport:
     """Measure the noise for a search: one cut at its final budget, with the spread of its agent's first actions.
 
@@ -155,8 +160,9 @@ def noise_for(trimmer: Trimmer, settings: SearchSettings) -> NoiseReport:
         remarks.append(f"the search cuts in {trim.rounds} rounds: measured after one cut to the same budget")
     if trim.retrain_updates:
         remarks.append("the search retrains inside its episodes: measured without, where plans lie further apart")
-    if "loss_gain" in trim.reward.weights:
-        remarks.append("the reward also reads the loss: only the accuracy is measured")
+    others = [name for name in Reward(trim.reward).weights if name not in ACCURACY]
+    if others:
+        remarks.append(f"the reward pays for {', '.join(others)}: only the accuracy is measured")
     if trim.action != "score":
         remarks.append(f"the search's actions are {trim.action!r}: plans are drawn by 'score'")
     return measure_noise(

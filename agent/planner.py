@@ -5,9 +5,9 @@
       +---------------- policy gradient on imagined episodes, paid by the model ----------+
 
 A search may score a few hundred plans; a policy gradient alone needs thousands. The policy is Stable-Baselines3's, sees
-what `TrimEnv` shows, and starts at the uniform plan. Which of its proposals, and of steps away from them and from the
-best plans so far, are scored is decided by draws from the model's belief (Thompson sampling): where much is unknown
-much is tried, where all is known the best is.
+what `TrimEnv` shows, and starts at the uniform plan. Which of its proposals, and of steps away from the uniform plan
+and from the best plans so far, are scored is decided by draws from the model's belief (Thompson sampling): where much
+is unknown much is tried, where all is known the best is.
 """
 
 import json
@@ -66,9 +66,9 @@ class Planner:
         imagination: How much it practises.
         environment: One round, rule "score", "full" observation; its episodes are never finished here.
         budgets: That episodes are played at; each gets the same number of evaluations.
-        reach: Standard deviation, in actions, up to which half of the proposals stray from what the policy draws or
-            from the best plans so far. Late in a search the policy's own noise is small: alone it would stay where it
-            first found something good.
+        reach: Standard deviation, in actions, up to which proposals that are not the policy's stray from the uniform
+            plan or from the best plans so far. Late in a search the policy's own noise is small: alone it would stay
+            where it first found something good.
         make: Makes the policy-gradient algorithm on imagined episodes: called with these and the number of steps of an
             episode. Its means are set to 0, so that the search begins at the uniform plan.
         seed: Of all that is drawn here.
@@ -133,10 +133,12 @@ class Planner:
     def learn_from(self, history: History) -> None:
         """Fit the model to all scored plans, then practise."""
         self._fit(history)
-        if self.model.fitted:
+        if not self.model.fitted:
+            return
+        if self.imagination.practise:
             steps = self.imagination.updates * self.walks.groups * self.walks.num_envs
             self.learner.learn(steps, reset_num_timesteps=False, log_interval=NEVER)
-            self.updates += 1
+        self.updates += 1
 
     def _fit(self, history: History) -> None:
         rows = list({key_of(row): row for row in history.finished}.values())  # a plan is repeated at another budget
@@ -160,20 +162,21 @@ class Planner:
         return self._order.pop()
 
     def _tried(self, budget: float, history: History) -> FloatArray:
-        """Return (proposals, groups) actions: half as the policy draws them, a quarter with a step away from that, and
-        a quarter with a step from the best plans so far in some of the groups; when stale all with a further step.
+        """Return (proposals, groups) actions: a quarter as the policy draws them, a quarter a step from the best plans
+        so far in some of the groups, half a step from the uniform plan; when stale all with a further step.
         """
         actions = self.act(budget, self.imagination.proposals)
-        step = self.random.uniform(0.0, self.reach, (len(actions), 1)) * self.random.standard_normal(actions.shape)
-        step[::2] = 0.0
+        groups = actions.shape[1]
+        steps = self.random.uniform(0.0, self.reach, (len(actions), 1)) * self.random.standard_normal(actions.shape)
+        actions[::2] = steps[::2]  # 0 is the uniform plan
         best = self._best(budget, history)
         if len(best):
-            near = step[1::4]
-            share = self.random.uniform(min(1.0, 1.5 / near.shape[1]), 1.0, (len(near), 1))  # of the groups that move
+            near = steps[1::4]
+            share = self.random.uniform(min(1.0, 1.5 / groups), 1.0, (len(near), 1))  # of the groups that move
             near *= self.random.random(near.shape) < share
-            actions[1::4] = best[self.random.integers(len(best), size=len(near))]
-        step += STEP_WHEN_STALE * self.stale * self.random.standard_normal(actions.shape)
-        return np.clip(actions + step, -1.0, 1.0)
+            actions[1::4] = best[self.random.integers(len(best), size=len(near))] + near
+        actions += STEP_WHEN_STALE * self.stale * self.random.standard_normal(actions.shape)
+        return np.clip(actions, -1.0, 1.0)
 
     def _best(self, budget: float, history: History) -> FloatArray:
         """Return (plans, groups) actions of the best plans at a budget, and of the best one at each other budget."""

@@ -34,10 +34,10 @@ Noise = Callable[[float], None]
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from searching in a run folder meanwhile; the system ends that when the process ends.
+    """Keep other processes from working in a run folder meanwhile; the system ends that when the process ends.
 
     Raises:
-        UserError: Another process searches there.
+        UserError: Another process works there.
     """
     with (folder / LOCK).open("a") as file:
         try:
@@ -45,7 +45,7 @@ def alone(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"only one process may search in a folder at a time, but another one is at work in {folder}; let it end"
+                f"only one process may work in a folder at a time, but another one is at work in {folder}; let it end"
             ) from None
         except OSError:  # a file system without locks
             pass

@@ -22,12 +22,15 @@ class ImaginationSettings:
             episodes alone. Only for on-policy algorithms without an `n_steps` of their own, one round, the rule "score"
             and the "full" observation; otherwise, too, scored episodes alone are learned from.
         walks: Imagined episodes of each policy update.
-        proposals: Plans that the policy draws, of which the promising ones are scored.
+        proposals: Plans that are considered at a time, of which the promising ones are scored.
+        practise: Whether the policy learns. Without, it stays at the uniform plan and the model decides alone: a
+            control, which tells what the policy gradient is worth.
     """
 
     updates: int = 8
     walks: int = 64
     proposals: int = 192
+    practise: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values of other types or outside their ranges."""

@@ -37,7 +37,13 @@ FAILURE = "failure"
 
 
 def make_environments(
-    task: PruningTask, settings: TrimSettings, trimmer: Trimmer, *, workers: int, seed: int
+    task: PruningTask,
+    settings: TrimSettings,
+    trimmer: Trimmer,
+    *,
+    workers: int,
+    seed: int,
+    budgets: Sequence[float] = (),
 ) -> VecEnv:
     """Return environments that all start from what `trimmer` has traced, measured and drawn.
 
@@ -50,6 +56,8 @@ def make_environments(
         trimmer: Of the task, with the settings' repair and groups.
         workers: Environments, 1 or more.
         seed: Of the first one.
+        budgets: Of the episodes, where they are known; by default all that the settings allow. Their uniform plans are
+            scored once, for all workers.
 
     Raises:
         EOFError: A worker's process ended while it started.
@@ -58,7 +66,7 @@ def make_environments(
         environment: VecEnv = DummyVecEnv([lambda: Monitor(EpisodeStart(TrimEnv(task, settings, trimmer=trimmer)))])
     else:
         model = TrimEnv(task, settings, trimmer=trimmer)
-        _prepare(model)
+        _prepare(model, budgets)
         threads = max(1, torch.get_num_threads() // workers)
         with Parcel(model) as parcel:
             environment = WorkerEnvs([_Worker(parcel, threads)] * workers)
@@ -66,7 +74,7 @@ def make_environments(
     return environment
 
 
-def _prepare(environment: TrimEnv) -> None:
+def _prepare(environment: TrimEnv, budgets: Sequence[float]) -> None:
     """Work out whatever every worker would have to work out for itself before its first episode ends."""
     trimmer, settings = environment.trimmer, environment.settings
     environment.reset()
@@ -76,7 +84,7 @@ def _prepare(environment: TrimEnv) -> None:
     if trimmer.scores is not None:
         _ = trimmer.fingerprint
     if Reward(settings.reward).needs_reference:
-        for budget in settings.budgets or (settings.budget,):
+        for budget in budgets or settings.budgets or (settings.budget,):
             environment.uniform(budget)
 
 

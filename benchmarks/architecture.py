@@ -98,7 +98,9 @@ def finish(
 ) -> list[Made]:
     """Build the schedule with each seed, and train the architecture from scratch for each length."""
     trimmer = Trimmer(task, schedule.repair if schedule else None, config.search.trim.groups)
-    training = config.task.training.resolved(len(task.train))
+    training = config.task.training.resolved(len(task.train)).without_checks()  # the selection split judges
+    if schedule:
+        schedule = replace(schedule, retraining=schedule.retraining.without_checks())
     if not training.updates:
         raise UserError(
             "training from scratch needs the original's recipe, but its updates are 0; "
@@ -131,14 +133,7 @@ def from_scratch(
     network = build_architecture(
         architecture, classes=task.classes, in_channels=image[1], image_size=image[-1], seed=seed
     ).to(task.example.device)
-    done = retrain(
-        network,
-        task.train,
-        replace(training, distillation=0.0),
-        seed=seed,
-        selection=task.selection if training.check_every else None,
-        metric=task.metric,
-    )
+    done = retrain(network, task.train, replace(training, distillation=0.0), seed=seed, metric=task.metric)
     return network, done.updates
 
 

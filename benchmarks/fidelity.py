@@ -32,6 +32,7 @@ from prunegym.envs import TrimSettings
 from prunegym.pruning import RetrainSettings, Trimmer, UserError, apply_plan, retrain
 from prunegym.pruning.budget import solve_counts
 from prunegym.pruning.compensation import compensate
+from prunegym.pruning.fingerprint import digest
 from prunegym.pruning.recalibration import recalibrate
 from prunegym.pruning.tracing import evaluation_mode
 from prunegym.pruning.widths import CountArray
@@ -174,8 +175,14 @@ def main() -> int:
 
 def described(config: SearchConfig, training: RetrainSettings) -> dict[str, Any]:
     """Return what the figures depend on, the first line of their file."""
-    trim = config.search.trim
+    trim, task = config.search.trim, asdict(config.task)
+    weights = task.pop("weights")
+    for elsewhere in ("data_root", "in_memory", "workers"):
+        task.pop(elsewhere)
+    if weights is not None:
+        task["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     return {
+        "settings": digest(task, asdict(trim), asdict(training)),
         "name": config.name, "budget": trim.budget, "unit": trim.budget_unit, "seed": config.search.seed,
         "calibration_images": trim.repair.calibration_images,
         "recalibration_images": trim.repair.recalibration_images,

@@ -106,7 +106,8 @@ class Noise:
         pairs: Plans that were retrained twice.
         spearman: Between the two.
         deviation: Standard deviation of one truth, as accuracy.
-        ceiling: Correlation with the truth that a perfect score would have, over all plans.
+        ceiling: Pearson's correlation with the truth that a score without error would have, as far as the seed of
+            the training is concerned; the luck of the images is not in it.
         ceiling_of_better_half: The same within the better half.
     """
 
@@ -375,8 +376,10 @@ def sentences(found: Study, lines: Sequence[Line]) -> Iterator[str]:
         yield (
             f"Noise ceiling: {found.noise.pairs} plans retrained with a second seed rank with {found.noise.spearman} "
             f"among themselves. The truth of one seed deviates by {100 * found.noise.deviation:.2f} points (standard "
-            f"deviation), so a perfect score would reach about {found.noise.ceiling:.2f} over all plans and "
-            f"{found.noise.ceiling_of_better_half:.2f} in the better half."
+            f"deviation); by that alone a score without error would correlate with it (Pearson) to "
+            f"{found.noise.ceiling:.2f} over all plans, {found.noise.ceiling_of_better_half:.2f} in the better half. "
+            "The luck of the selection images, which is larger, comes on top; a plan far off the others raises the "
+            "first figure."
         )
     same = rows.get((TRUTH, "accuracy"))
     if same:

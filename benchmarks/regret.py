@@ -32,6 +32,7 @@ from prunegym.agent.settings import ImaginationSettings, LearnerSettings, Search
 EVALUATIONS = (20, 40, 60, 100)
 AGENTS = {
     "agent (PPO that plans)": LearnerSettings(),
+    "the agent's model alone": LearnerSettings(imagination=ImaginationSettings(practise=False)),
     "PPO from scored episodes alone": LearnerSettings(imagination=ImaginationSettings(updates=0)),
 }
 CONTROL_NAMES = {"random search": "random", "cross-entropy method": "cem", "CMA-ES": "cma_es"}
@@ -96,8 +97,14 @@ def measured(landscape: Landscape, trimmer: TableTrimmer, label: str, seed: int,
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return what was measured before."""
-    return [Line(**json.loads(text)) for text in path.read_text().splitlines()] if path.is_file() else []
+    """Return what was measured before; a last line that was torn is left out of the file. Delete it for a new agent."""
+    if not path.is_file():
+        return []
+    found = path.read_text().splitlines(keepends=True)
+    whole = [text for text in found if text.endswith("\n")]
+    if whole != found:
+        path.write_text("".join(whole))
+    return [Line(**json.loads(text)) for text in whole]
 
 
 def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:
@@ -151,6 +158,9 @@ def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:
             f"- Best plan, widths {list(landscape.best)}: accuracy {best.accuracy:.2%}, loss {best.loss:.3f}.",
             f"- The next two, widths {list(second)} and {list(third)}, are far from it: regrets {missed[0]:.1%} and "
             f"{missed[1]:.1%}.",
+            "",
+            "*The agent's model alone* is the agent without its policy gradient: the same Gaussian process, proposals "
+            "and evaluations, a policy that never learns.",
             "",
             "One small network: these figures tell whether a search works and which of two is quicker here, not how "
             "good an agent is on a large network.",

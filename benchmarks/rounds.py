@@ -151,7 +151,8 @@ def settings_of(way: Way, search: SearchSettings, seed: int, evaluations: int, e
     """
     if search.trim.budget is None:
         raise UserError("rounds are compared at a budget, but got none; give --budget, a share of the cost to keep")
-    retraining = replace(search.trim.retraining.resolved(examples), updates=way.final)
+    retraining = search.trim.retraining.resolved(examples).without_checks()  # the selection split judges
+    retraining = replace(retraining, updates=way.final)
     trim = replace(search.trim, budget_range=None, rounds=way.rounds, retrain_updates=way.inside, retraining=retraining)
     imagination = search.learner.imagination if way.planned else replace(search.learner.imagination, updates=0)
     learner = replace(search.learner, imagination=imagination)

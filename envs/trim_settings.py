@@ -111,7 +111,7 @@ class TrimSettings:
         if self.budget is not None and not low <= self.budget <= high:
             raise UserError(
                 f"budget must lie in budget_range, from {low:g} to {high:g}, but got budget={self.budget:g}; "
-                "widen the range, or set budget to null to have none of its own"
+                "widen the range, or set budget to null, in Python None, to have none of its own; by default it is 0.3"
             )
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from prunegym.agent import compare as compare_module
 from prunegym.agent import compare_jobs
 from prunegym.agent.cli import main
 from prunegym.agent.compare import Comparison, Pair, compare
@@ -28,13 +30,17 @@ from prunegym.agent.configuration import shipped_configs
 from prunegym.agent.history import History
 from prunegym.agent.intervals import paired_interval
 from prunegym.agent.loading import load_task
+from prunegym.agent.planner import Planner
 from prunegym.agent.progress import Progress
+from prunegym.agent.resume import alone
 from prunegym.agent.rows import Evaluation
 from prunegym.pruning import UserError
-from prunegym.pruning.artifact import load_pruned
+from prunegym.pruning.artifact import load_pruned, save_pruned
 from prunegym.pruning.budget import solve_counts
 from prunegym.pruning.compensation import compensate
 from prunegym.pruning.cost import Cost
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.splits import TensorSplit
 from prunegym.pruning.surgery import apply_plan
 from prunegym.pruning.task import PruningTask
 from prunegym.pruning.trimmer import Trimmer
@@ -179,7 +185,11 @@ def test_the_pool_is_never_below_its_members(whole: Path) -> None:
             members = {name: found_in(data, name, seed, budget) for name in ("agent", "uniform", "apoz")}
             assert pool["before"] >= max(each["before"] for each in members.values())
             if pool["made_by"] != "agent":
-                assert pool == {**members[pool["made_by"]], "best_so_far": []}
+                assert pool == {
+                    **members[pool["made_by"]],
+                    "best_so_far": [],
+                    "best_reward_so_far": [],
+                }
 
 
 def test_the_pool_takes_another_plan_of_the_agent_where_that_is_the_best(
@@ -216,6 +226,80 @@ def test_a_lost_cell_runs_again_and_nothing_else_does(
     assert ran == [("cem", 1)]
     assert results_of(whole) == before
     assert json.loads(lost.read_text())["cached"] > 0
+
+
+def test_other_weights_of_a_cell_are_tested_anew(config: CompareConfig, task: PruningTask, tmp_path: Path) -> None:
+    few = replace(config, compare=replace(config.compare, methods=("uniform", "l1"), budgets=(0.6,), seeds=(0,)))
+    first = compare(task, few, tmp_path)
+    folder = tmp_path / "networks" / "uniform-seed0-0.6"
+    network = load_pruned(folder, task.network)
+    with torch.no_grad():
+        list(network.parameters())[-1].add_(100 * torch.eye(10)[3])  # the last bias: it says 3 to everything
+    plan = PruningPlan.from_dict(json.loads((folder / "plan.json").read_text())["keep"])
+    save_pruned(folder, network, plan, example_shape=tuple(task.example.shape), source=task.source)
+    again = compare(task, few, tmp_path)
+    key = ("uniform", 0, 0.6)
+    assert (first.readings, again.readings) == (1, 2)
+    assert again.test[key] < 0.2 < first.test[key]
+    assert {name: value for name, value in again.test.items() if name != key} == {
+        name: value for name, value in first.test.items() if name != key
+    }
+    (tmp_path / "test.json").write_text('{"readings": 2}')
+    with pytest.raises(UserError, match=r"test.json must be what `prunegym compare` wrote, but is not; delete it"):
+        compare(task, few, tmp_path)
+
+
+def test_a_reading_counts_even_where_it_was_cut_short(
+    config: CompareConfig, task: PruningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(config, compare=replace(config.compare, methods=("uniform",), budgets=(0.6,), seeds=(0,)))
+
+    def halted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "load_network", halted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(task, few, tmp_path)
+    assert compare(task, few, tmp_path).readings == 2
+
+
+def test_two_processes_do_not_compare_in_one_folder(config: CompareConfig, task: PruningTask, tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(UserError, match="only one process may work in a folder at a time"):
+        compare(task, config, tmp_path)
+    assert not list(tmp_path.glob("cells"))
+
+
+def test_other_images_are_another_comparison(config: CompareConfig, task: PruningTask, tmp_path: Path) -> None:
+    few = replace(config, compare=replace(config.compare, methods=("uniform",), budgets=(0.6,), seeds=(0,)))
+    compare(task, few, tmp_path)
+    assert isinstance(task.reward, TensorSplit)
+    darker = TensorSplit(task.reward.images / 2, task.reward.labels, name="reward")
+    with pytest.raises(UserError, match="was made with others; give what it began with"):
+        compare(replace(task, reward=darker), few, tmp_path)
+
+
+def test_the_model_alone_is_the_agent_whose_policy_never_learns(
+    config: CompareConfig, task: PruningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground = Ground(task, config.search, config.compare, tmp_path)
+    own: list[float] = []
+    genuine = Planner.own
+
+    def seen(self: Planner, budget: float) -> Any:
+        proposal = genuine(self, budget)
+        own.append(float(np.abs(proposal.actions).max()))
+        return proposal
+
+    monkeypatch.setattr(Planner, "own", seen)
+    cell = run_cell(ground, "surrogate", 0, "")
+    assert 0 < cell.evaluations <= 8
+    assert own == [0.0] * len(own)  # the uniform plan, from the first to the last
+    monkeypatch.setattr(Planner, "own", genuine)
+    two = replace(config.search, trim=replace(config.search.trim, rounds=2))
+    named = replace(config.compare, methods=("surrogate",))
+    with pytest.raises(UserError, match="'surrogate' is the agent's model alone, but this agent has none"):
+        check_compare(task.network, task.example, two, named)
 
 
 def test_an_interrupted_comparison_ends_as_if_nothing_had_happened(
@@ -266,7 +350,7 @@ def test_several_jobs_give_the_same_results(base: Path, config: CompareConfig, t
 def test_a_folder_of_other_settings_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "tiny.yaml", "--output", str(whole), "--compare.evaluations", "5"]) == 2
     said = capsys.readouterr().err
-    assert "goes on with the settings it began with" in said
+    assert "goes on with the settings, data, device and versions it began with" in said
     assert "agent-seed0.json was made with others" in said
     assert main(["compare", "--resume", "absent"]) == 2
     assert "--resume needs the run folder of a comparison" in capsys.readouterr().err
@@ -385,9 +469,19 @@ def test_the_winner_keeps_to_the_budget() -> None:
 def test_the_course_counts_what_costs() -> None:
     rows = [row(1, -0.5, 0.5), row(2, 0.5, 0.5), row(3, 0.5, 0.5, repeated=True), row(4, 0.9, 0.3, budget=0.3)]
     rows.append(row(5, 0.1, 0.5))
-    assert best_so_far(History(rows=rows), 0.5) == pytest.approx((0.75, 0.85, 0.85))
-    assert mean_course([(0.5, 0.7), (None, 0.3, 0.5)])[1:] == pytest.approx([50.0, 60.0])
+    course = best_so_far(History(rows=rows), 0.5)
+    assert [each and each.evaluation for each in course] == [1, 2, 2]
+    assert mean_course([(0.5, 0.7), (None, 0.3, 0.5)])[1:] == pytest.approx([0.5, 0.6])
     assert math.isnan(mean_course([(0.5, 0.7), (None, 0.3, 0.5)])[0])
+    rows = [row(1, math.nan, 0.5), row(2, 0.5, 0.5), row(3, 0.9, 0.5)]
+    assert [each and each.evaluation for each in best_so_far(History(rows=rows), 0.5)] == [1, 2, 3]
+
+
+def test_a_reward_is_reached_where_the_best_so_far_is_as_high() -> None:
+    found = made().cells[0].found[0]
+    assert [replace(found, rewards=(None, 0.1, 0.1, 0.4)).reached(reward) for reward in (-1.0, 0.1, 0.2, 0.5)] == [
+        2, 2, 4, None,
+    ]  # fmt: skip
 
 
 def test_the_agent_serves_every_budget_within_the_sum(config: CompareConfig, task: PruningTask) -> None:
@@ -416,7 +510,7 @@ def made(seeds: int = 5) -> Comparison:
             one = Found(
                 budget=0.5, plans=({"conv": [0]},), reward_accuracy=value, before=value - 0.1, after=value, params=25,
                 macs=400 if method == "apoz" else 490, kept=0.49, within=method != "apoz", updates=7, made_by=method,
-                curve=curve,
+                curve=curve, rewards=curve,
             )  # fmt: skip
             cells.append(Cell(method, seed, "", (one,), 20 if curve else 0, 0, 0, 2.0))
     pairs = []

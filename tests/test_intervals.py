@@ -7,6 +7,7 @@ import pytest
 from prunegym.agent.intervals import Interval, paired_interval
 from prunegym.pruning.errors import UserError
 from scipy.stats import norm
+from scipy.stats import t as student
 
 DIFFERENCES = [0.713, -0.241, 1.127, 0.389, 2.318]
 
@@ -44,15 +45,31 @@ def test_five_pairs_agree_with_all_3125_resamples() -> None:
     assert abs(found.low - percentile[0]) > 0.05  # it is not simply the percentile interval
 
 
-def test_four_pairs_are_shown_by_percentiles_and_give_no_verdict() -> None:
-    differences = [1.0, 2.0, 4.0, 3.5]
-    found = paired_interval(differences, [0.0] * 4, resamples=20_000, confidence=0.8)
-    low, high = np.quantile(every_mean(differences), [0.1, 0.9])  # 256 resamples
-    assert found.method == "percentile"
-    assert (found.low, found.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
-    assert found.low is not None
-    assert found.low > 0
+def test_fewer_than_five_pairs_are_shown_by_their_range_and_give_no_verdict() -> None:
+    found = paired_interval([1.0, 2.0, 4.0, 3.5], [0.0] * 4, confidence=0.8)
+    assert (found.low, found.high, found.method) == (1.0, 4.0, "range")
     assert found.verdict == "too few seeds"
+
+
+def test_a_verdict_needs_students_t_too() -> None:
+    differences = [0.2, 0.1, 1.4, 0.9, 0.05]
+    found = paired_interval(differences, [0.0] * 5)
+    t = np.mean(differences) / (np.std(differences, ddof=1) / np.sqrt(5))
+    assert found.p_value == pytest.approx(2 * student.sf(t, 4))
+    assert found.low is not None
+    assert found.low > 0  # the bootstrap alone would call it better
+    assert found.p_value > 0.05
+    assert found.verdict == "not distinguishable"
+    assert paired_interval(differences, [0.0] * 5, confidence=0.85).verdict == "better"
+
+
+def test_five_equal_methods_are_seldom_told_apart() -> None:
+    random = np.random.default_rng(0)
+    found = [paired_interval(random.standard_normal(5), np.zeros(5), resamples=400) for _ in range(300)]
+    wrong = sum(each.verdict != "not distinguishable" for each in found)
+    alone = sum(each.low is not None and each.high is not None and not each.low <= 0 <= each.high for each in found)
+    assert wrong <= 24  # 15 expected of a level of 5 %, with a standard deviation of 3.8
+    assert alone > wrong  # the bootstrap alone errs more often
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,7 @@ def test_one_pair_has_no_interval_and_two_have_one() -> None:
     assert one == Interval(1.0, None, None, "none", 1, 1, 0)
     assert one.verdict == "too few seeds"
     two = paired_interval([81.0, 83.0], [80.0, 80.0])
-    assert (two.low, two.high, two.method) == (1.0, 3.0, "percentile")  # 1, 2, 2, 3: a quarter lies at each end
+    assert (two.low, two.high, two.method) == (1.0, 3.0, "range")
     assert two.verdict == "too few seeds"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prunegym.agent.settings import LearnerSettings
+from prunegym.agent.settings import ImaginationSettings, LearnerSettings
 from prunegym.envs import TrimEnv
 from prunegym.pruning import PruningPlan, RetrainSettings, Score, Trimmer, UserError, solve_counts
 from prunegym.pruning.artifact import weights_digest
@@ -21,7 +21,7 @@ from toys import benchmark
 
 LAND = benchmark("landscape")
 REGRET = benchmark("regret")
-EVALUATIONS = 40
+EVALUATIONS = 100
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,21 +147,27 @@ def test_the_page_shows_the_means_of_what_was_kept(landscape: Any, tmp_path: Pat
 
 
 # ---- who finds it ----------------------------------------------------------------------------------------------------
-def test_the_agent_finds_a_best_plan_and_chance_does_not(landscape: Any, trimmer: Any) -> None:
-    """Two of 7,180 plans lie within 5 % of the span; forty evaluations suffice the agent, and are few for chance.
+def test_the_agent_finds_the_best_plan_and_chance_does_not(landscape: Any, trimmer: Any) -> None:
+    """One of 7,180 plans; a hundred evaluations suffice the agent for a regret of 2 % on average.
 
-    Which seeds miss may depend on the processor, hence the room: four of five found one of the two where it was tried.
+    Which seeds miss may depend on the processor, hence the room: four of five found it where it was tried, the fifth
+    the second best.
     """
     uniform = landscape.value(landscape.uniform)
-    assert sum(landscape.regret(landscape.value(plan) - uniform) <= REGRET.CLOSE for plan in landscape.scores) == 2
+    assert sum(landscape.regret(landscape.value(plan) - uniform) <= REGRET.EXACT for plan in landscape.scores) == 1
 
     def regrets(histories: list[Any]) -> list[float]:
         assert all(history.spent <= EVALUATIONS for history in histories)
         return [landscape.regret(REGRET.best_after(history, EVALUATIONS)) for history in histories]
 
-    agent = regrets([REGRET.agent_search(LearnerSettings(), trimmer, EVALUATIONS, seed) for seed in range(5)])
+    searches = [REGRET.agent_search(LearnerSettings(), trimmer, EVALUATIONS, seed) for seed in range(5)]
+    agent = regrets(searches)
     chance = regrets([REGRET.control_search("random", trimmer, EVALUATIONS, seed) for seed in range(10)])
-    assert sum(regret <= REGRET.CLOSE for regret in agent) >= 3
-    assert statistics.mean(agent) <= 0.10
-    assert sum(regret <= REGRET.CLOSE for regret in chance) <= 1
-    assert statistics.mean(chance) >= 0.40
+    assert sum(regret <= REGRET.EXACT for regret in agent) >= 3
+    assert statistics.mean(agent) <= 0.02
+    assert statistics.mean(chance) >= 0.10
+    # the policy itself has learned: its plan without noise, scored last, is no longer the uniform one
+    own = [landscape.regret(history.rows[-1].reward) for history in searches]
+    assert statistics.median(own) <= REGRET.CLOSE
+    never = LearnerSettings(imagination=ImaginationSettings(practise=False))
+    assert landscape.regret(REGRET.agent_search(never, trimmer, 10, 0).rows[-1].reward) == pytest.approx(1.0)
