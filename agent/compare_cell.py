@@ -16,6 +16,9 @@ from .settings import SearchSettings
 
 CELLS, NETWORKS, SCORES = "cells", "networks", "scores.sqlite"
 
+ROUNDING = 1e-6
+"""Rewards nearer than this are equal: a vectorised environment hands them on in single precision."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ground:
@@ -73,7 +76,8 @@ class Found:
 
     def reached(self, reward: float) -> int | None:
         """Return after how many evaluations the best reward so far was at least `reward`; None = never."""
-        places = (place for place, best in enumerate(self.rewards, 1) if best is not None and best >= reward)
+        least = reward - ROUNDING * max(1.0, abs(reward))
+        places = (place for place, best in enumerate(self.rewards, 1) if best is not None and best >= least)
         return next(places, None)
 
 

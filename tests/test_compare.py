@@ -482,6 +482,7 @@ def test_a_reward_is_reached_where_the_best_so_far_is_as_high() -> None:
     assert [replace(found, rewards=(None, 0.1, 0.1, 0.4)).reached(reward) for reward in (-1.0, 0.1, 0.2, 0.5)] == [
         2, 2, 4, None,
     ]  # fmt: skip
+    assert replace(found, rewards=(0.01, float(np.float32(0.094)))).reached(0.094) == 2  # single precision is below it
 
 
 def test_the_agent_serves_every_budget_within_the_sum(config: CompareConfig, task: PruningTask) -> None:
