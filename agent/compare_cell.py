@@ -16,8 +16,10 @@ from .settings import SearchSettings
 
 CELLS, NETWORKS, SCORES = "cells", "networks", "scores.sqlite"
 
-ROUNDING = 1e-6
-"""Rewards nearer than this are equal: a vectorised environment hands them on in single precision."""
+
+def rounding(reward: float) -> float:
+    """Return how near another reward is equal: a vectorised environment hands them on in single precision."""
+    return 1e-6 * max(1.0, abs(reward))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class Found:
 
     def reached(self, reward: float) -> int | None:
         """Return after how many evaluations the best reward so far was at least `reward`; None = never."""
-        least = reward - ROUNDING * max(1.0, abs(reward))
+        least = reward - rounding(reward)
         places = (place for place, best in enumerate(self.rewards, 1) if best is not None and best >= least)
         return next(places, None)
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..pruning.cost import UNITS
 from .compare import STAGES, Comparison, Pair
-from .compare_cell import ROUNDING
+from .compare_cell import rounding
 from .compare_settings import (
     AGENT,
     ENOUGH_SEEDS,
@@ -351,7 +351,7 @@ def inside(made: Comparison) -> list[str]:
                      for own, theirs in zip(made.cells_of(subject), made.cells_of(other), strict=True)]  # fmt: skip
             ends = [(own.rewards[-1] or 0.0, theirs.rewards[-1] or 0.0) for own, theirs in pairs]
             after = [own.reached(end) for (own, _), (_, end) in zip(pairs, ends, strict=True)]
-            above = sum(own > theirs + ROUNDING * max(1.0, abs(theirs)) for own, theirs in ends)
+            above = sum(own > theirs + rounding(theirs) for own, theirs in ends)
             rows.append(
                 (
                     f"{budget:g}", label(other), _mean_of([own for own, _ in ends]), _mean_of([end for _, end in ends]),

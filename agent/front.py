@@ -236,7 +236,7 @@ def find_front(
         UserError: A budget is no share, is out of reach or is given twice; or there is none.
     """
     trim, trimmer, progress = agent.settings.trim, agent.trimmer, progress or Progress()
-    levels = _checked(budgets or trim.budgets or ((trim.budget,) if trim.budget is not None else ()))
+    levels = _checked(budgets or trim.served)
     for budget in levels:
         trimmer.cost_model.check_budget(budget, trim.budget_unit)
         if warning := agent.outside(budget):

@@ -64,16 +64,13 @@ def learn(
     """
     standing = standing or Standing(history=history)
     trim, seed = settings.trim, derive_seed(settings.seed, "learner")
-    served = tuple(budgets) or trim.budgets or ((trim.budget,) if trim.budget is not None else ())
-    planned = imagines(settings.learner, trim) and bool(served)
-    own = len(served) if planned else trim.rounds  # kept for the policy without noise
+    planned = planned_budgets(settings, budgets)
+    own = len(planned) or trim.rounds  # kept for the policy without noise
     own = own if settings.max_evaluations > 2 * own else 0
     workers = None
     interrupted = False
     try:
-        workers = make_environments(
-            task, trim, trimmer, workers=settings.learner.workers, seed=seed, budgets=served if planned else ()
-        )
+        workers = make_environments(task, trim, trimmer, workers=settings.learner.workers, seed=seed, budgets=planned)
         with progress.evaluations("search", settings.max_evaluations) as show:
             callback = SearchCallback(
                 history,
@@ -82,7 +79,7 @@ def learn(
                 report=show,
             )
             tell = run_folder.path / "tensorboard" if run_folder else None
-            way = make_way(settings, environment, workers, callback, standing, served, tell)
+            way = make_way(settings, environment, workers, callback, standing, planned, tell)
             if standing.stopped_by:
                 standing.restore_learned(way.learner)
                 return way.learner, standing.stopped_by
@@ -130,6 +127,11 @@ class Way(Protocol):
         """Write a checkpoint, once learning has ended."""
 
 
+def planned_budgets(settings: SearchSettings, budgets: Sequence[float] = ()) -> tuple[float, ...]:
+    """Return what a search that plans serves, `budgets` or those of the settings; none where it does not plan."""
+    return (tuple(budgets) or settings.trim.served) if imagines(settings.learner, settings.trim) else ()
+
+
 def make_way(
     settings: SearchSettings,
     environment: TrimEnv,
@@ -139,9 +141,9 @@ def make_way(
     budgets: Sequence[float],
     log_folder: Path | None,
 ) -> Way:
-    """Return a `PlannedSearch` where these settings plan, else a `StepwiseSearch`; arguments as there."""
+    """Return a `PlannedSearch` for `budgets` or, without any, a `StepwiseSearch`; arguments as there."""
     seed = derive_seed(settings.seed, "learner")
-    if budgets and imagines(settings.learner, settings.trim):
+    if budgets:
         return PlannedSearch(settings.learner, environment, workers, callback, standing, budgets, seed, log_folder)
     return StepwiseSearch(settings.learner, environment, workers, callback, standing, seed, log_folder)
 

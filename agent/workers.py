@@ -84,7 +84,7 @@ def _prepare(environment: TrimEnv, budgets: Sequence[float]) -> None:
     if trimmer.scores is not None:
         _ = trimmer.fingerprint
     if Reward(settings.reward).needs_reference:
-        for budget in budgets or settings.budgets or (settings.budget,):
+        for budget in budgets or settings.served:
             environment.uniform(budget)
 
 

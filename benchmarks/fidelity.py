@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fidelity_page import AGAIN, ITEMS, SCALES, TRUTH, Line, Values, page, picture, study
+from lines import whole_lines
 from prunegym.agent.configuration import read_config
 from prunegym.agent.loading import load_task
 from prunegym.agent.progress import Progress
@@ -277,12 +278,7 @@ def read_lines(path: Path, header: Mapping[str, Any]) -> list[Line]:
     Raises:
         UserError: They were measured with other settings.
     """
-    if not path.is_file():
-        return []
-    found = path.read_text().splitlines(keepends=True)
-    whole = [text for text in found if text.endswith("\n")]
-    if whole != found:
-        path.write_text("".join(whole))
+    whole = whole_lines(path)
     if not whole:
         return []
     earlier = json.loads(whole[0])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from landscape import BUDGET, TRIM, Landscape, TableTrimmer, landscape_task, table_environment
+from lines import whole_lines
 from prunegym.agent.controls import run_control
 from prunegym.agent.history import History
 from prunegym.agent.learning import learn
@@ -98,13 +99,7 @@ def measured(landscape: Landscape, trimmer: TableTrimmer, label: str, seed: int,
 
 def read_lines(path: Path) -> list[Line]:
     """Return what was measured before; a last line that was torn is left out of the file. Delete it for a new agent."""
-    if not path.is_file():
-        return []
-    found = path.read_text().splitlines(keepends=True)
-    whole = [text for text in found if text.endswith("\n")]
-    if whole != found:
-        path.write_text("".join(whole))
-    return [Line(**json.loads(text)) for text in whole]
+    return [Line(**json.loads(text)) for text in whole_lines(path)]
 
 
 def page(landscape: Landscape, lines: Sequence[Line], command: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from prunegym.agent.configuration import read_config
 from prunegym.agent.history import History, SearchCallback
-from prunegym.agent.learning import make_way
+from prunegym.agent.learning import make_way, planned_budgets
 from prunegym.agent.loading import load_task
 from prunegym.agent.planner import Planner
 from prunegym.agent.progress import Progress
@@ -163,8 +163,8 @@ def play(config: SearchConfig, trimmer: Trimmer, environments: Any, episodes: in
     trim, history = config.search.trim, History()
     environment = TrimEnv(trimmer.task, trim, trimmer=trimmer)
     callback = SearchCallback(history, max_evaluations=episodes)
-    budgets = trim.budgets or ((trim.budget,) if trim.budget is not None else ())
-    way = make_way(config.search, environment, environments, callback, Standing(history=history), budgets, None)
+    budgets, standing = planned_budgets(config.search), Standing(history=history)
+    way = make_way(config.search, environment, environments, callback, standing, budgets, None)
     began = time.perf_counter()
     way.run()
     return len(history.rows) // trim.rounds, time.perf_counter() - began

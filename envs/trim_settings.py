@@ -96,6 +96,11 @@ class TrimSettings:
         between = np.geomspace(low, high, self.budget_levels)[1:-1].tolist()
         return (low, *between, high) if low < high else (low,)
 
+    @property
+    def served(self) -> tuple[float, ...]:
+        """The budgets that episodes may have: those of the range or, without one, the one budget, if there is one."""
+        return self.budgets or (() if self.budget is None else (self.budget,))
+
     def _check_range(self) -> None:
         if self.budget_levels < 2:
             raise UserError(f"budget_levels must be at least 2, but got {self.budget_levels}")

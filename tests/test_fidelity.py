@@ -14,6 +14,7 @@ from scipy.stats import kendalltau, spearmanr
 from torch import nn
 from toys import benchmark
 
+benchmark("lines")
 PAGE = benchmark("fidelity_page")
 RUN = benchmark("fidelity")
 TRUTHS = (0.80, 0.81, 0.82, 0.83, 0.84, 0.85)

@@ -19,6 +19,7 @@ from prunegym.pruning.artifact import weights_digest
 from scipy.stats import spearmanr
 from toys import benchmark
 
+benchmark("lines")
 LAND = benchmark("landscape")
 REGRET = benchmark("regret")
 EVALUATIONS = 100
