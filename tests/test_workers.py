@@ -67,9 +67,12 @@ def play(environments: Any) -> list[Any]:
 
 
 def proportional_mib(process: Any) -> float:
-    """Return a process's memory, where a page that n processes map counts 1/n."""
+    """Return a process's memory, private and shared, where a page that n processes map counts 1/n.
+
+    Pages of files are left out: how many processes have a library loaded has nothing to do with the data.
+    """
     lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def is_running(pid: int) -> bool:
